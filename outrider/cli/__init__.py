@@ -1,0 +1,1 @@
+"""Commands and their flags. Importing this package loads no torch, so that ``--help`` and mistakes answer at once."""

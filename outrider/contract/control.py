@@ -1,0 +1,65 @@
+"""The control plane under ``/outrider``: who a server is, and how its weights change."""
+
+from typing import Literal
+
+import msgspec
+
+from outrider.contract.manifest import Manifest
+
+EngineName = Literal["torch", "vllm"]
+StageState = Literal["idle", "staging", "staged", "failed"]
+
+
+class ServerInfo(msgspec.Struct, kw_only=True):
+    """Answer of ``GET /outrider/info``.
+
+    version and run_id: of the weights in use; run_id is empty while these are the weights the server started
+    with. tokenizer_hash: see ``outrider.contract.identity``. max_num_seqs: sequences decoded at once.
+    """
+
+    engine: EngineName
+    engine_version: str
+    model: str
+    model_fingerprint: str
+    tokenizer_hash: str
+    torch_dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    version: int
+    run_id: str
+    host: str
+    draining: bool = False
+    capabilities: tuple[str, ...] = ()
+
+
+class StageRequest(msgspec.Struct, kw_only=True):
+    """Body of ``POST /outrider/weights/stage``: fetch this version beside the weights in use."""
+
+    manifest: Manifest
+
+
+class CommitRequest(msgspec.Struct, kw_only=True):
+    """Body of ``POST /outrider/weights/commit``: switch to the staged version between two engine steps."""
+
+    run_id: str
+    version: int
+
+
+class WeightStatus(msgspec.Struct, kw_only=True):
+    """Answer of the three weight routes. Seconds are those of the latest stage and commit."""
+
+    version: int
+    run_id: str
+    state: StageState
+    staged_version: int | None = None
+    error: str | None = None
+    stage_seconds: float = 0.0
+    commit_seconds: float = 0.0
+
+
+class DrainStatus(msgspec.Struct, kw_only=True):
+    """Answer of ``POST /outrider/drain``: the server takes no new request; ``running`` are still being served."""
+
+    draining: bool
+    running: int

@@ -1,0 +1,18 @@
+"""Paths of the server contract. The data plane is OpenAI's; the control plane is under ``/outrider``."""
+
+COMPLETIONS = "/v1/completions"
+MODELS = "/v1/models"
+HEALTH = "/health"
+METRICS = "/metrics"
+
+INFO = "/outrider/info"
+STAGE = "/outrider/weights/stage"
+COMMIT = "/outrider/weights/commit"
+STATUS = "/outrider/weights/status"
+DRAIN = "/outrider/drain"
+
+#: Routes that answer without the API key, so that a supervisor can probe liveness without holding it.
+OPEN_ROUTES = frozenset({HEALTH})
+
+#: Where a trainer node serves the bytes of its published pieces to servers on other hosts.
+WEIGHT_SEGMENT = "/outrider/segments/{name}"

@@ -1,0 +1,45 @@
+"""What a person has to be told without looking at numbers."""
+
+import math
+
+from outrider.contract.feed import PoolStatus
+from outrider.observe.figures import number
+from outrider.observe.records import StepRecord
+
+
+class Watch:
+    """Turns the feed into notices: each condition is told when it begins, and again only after it has ended."""
+
+    def __init__(self, logprob_gap_alarm: float) -> None:
+        self._alarm = logprob_gap_alarm
+        self._active: set[str] = set()
+        self._pool_notice = ""
+
+    def step(self, record: StepRecord) -> list[str]:
+        """Notices that this step gives rise to."""
+        gap, grad_norm, loss = record.logprob_gap, record.grad_norm, record.loss
+        conditions = {
+            "gap": (
+                gap > self._alarm,
+                f"step {record.step}: sampler and trainer log-probabilities differ by {number(gap)} on average, above "
+                f"--logprob_gap_alarm {number(self._alarm)}: check that servers and trainer hold one model and dtype",
+            ),
+            "finite": (
+                not (math.isfinite(loss) and math.isfinite(grad_norm)),
+                f"step {record.step}: loss {number(loss)}, gradient norm {number(grad_norm)}: not finite; "
+                "lower --learning_rate or --max_grad_norm",
+            ),
+            "signal": (
+                record.groups > 0 and record.groups_zero_variance >= record.groups,
+                f"step {record.step}: every group got one reward for all its rollouts, so nothing was learned from it",
+            ),
+        }
+        began = [text for name, (holds, text) in conditions.items() if holds and name not in self._active]
+        self._active = {name for name, (holds, _) in conditions.items() if holds}
+        return began
+
+    def pool(self, status: PoolStatus) -> list[str]:
+        """The collector's notice, once for as long as it repeats it."""
+        began = [status.notice] if status.notice and status.notice != self._pool_notice else []
+        self._pool_notice = status.notice
+        return began

@@ -1,0 +1,56 @@
+"""Configuration of ``outrider rollout``."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from outrider.contract.options import PositiveInt, Section, option
+
+EngineChoice = Literal["auto", "torch", "vllm"]
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class RolloutConfig(Section):
+    """One rollout server."""
+
+    model: Annotated[str, option("Model directory or hub id")]
+    engine: Annotated[EngineChoice, option("torch: the embedded engine; vllm: not in this version; auto: torch")] = (
+        "auto"
+    )
+    host: Annotated[str, option("Address to listen on")] = "0.0.0.0"
+    port: Annotated[int, option("Port to listen on; a taken port is an error", ge=0, le=65535)] = 8000
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        option("Longest prompt plus completion in tokens (default: what the model was made for, at most 4096)",
+               aliases=("vllm_max_model_len",)),
+    ] = None  # fmt: skip
+    max_num_seqs: Annotated[
+        int, option("Sequences decoded at once; further requests wait", aliases=("vllm_max_num_seqs",), ge=1)
+    ] = 256
+    max_num_batched_tokens: Annotated[
+        int, option("Tokens of one engine step, decoded and prefilled together", ge=16)
+    ] = 2048
+    kv_cache_gib: Annotated[float, option("Upper bound of the key-value cache of the torch engine, GiB", gt=0)] = 4.0
+    torch_dtype: Annotated[
+        DTypeChoice, option("Serving precision; auto: bfloat16 on CUDA, float32 on the CPU", aliases=("dtype",))
+    ] = "auto"
+    tensor_parallel_size: Annotated[
+        int,
+        option("GPUs that share one replica; the torch engine takes 1", aliases=("vllm_tensor_parallel_size",), ge=1),
+    ] = 1
+    data_parallel_size: Annotated[
+        int,
+        option("Replicas behind the one port; the torch engine takes 1", aliases=("vllm_data_parallel_size",), ge=1),
+    ] = 1
+    api_key: Annotated[
+        str | None, option("Key that clients must send (default: OUTRIDER_API_KEY, else a key kept for this user)")
+    ] = None
+    seed: Annotated[int, option("Seed of requests that bring none", ge=0)] = 0
+    drain_timeout: Annotated[
+        float, option("Seconds that running requests are given after SIGTERM before they are cut off", ge=0)
+    ] = 30.0
+    threads: Annotated[
+        PositiveInt | None, option("CPU threads of the torch engine (default: every core this process may use)")
+    ] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("What the server logs")] = "info"
+    dry_run: Annotated[bool, option("Print the resolved configuration and exit")] = False

@@ -1,0 +1,123 @@
+"""``outrider rollout``: bind the port, load the engine, serve, drain."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import shlex
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from outrider.contract.errors import UserError
+from outrider.contract.keys import key_file
+from outrider.server.app import ServerApp
+from outrider.server.auth import server_key
+from outrider.server.config import RolloutConfig
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: RolloutConfig) -> int:
+    """Run one server until it is told to stop. Returns the exit status. Raises UserError."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    # The port first: a port that is taken must not cost the time of loading a model.
+    listener = bind(config.host, config.port)
+    key = server_key(config.api_key)
+    log.info("loading %s", config.model)
+    from outrider.server.torch_engine.loading import load_engine  # torch is imported only from here on
+
+    engine = load_engine(config, key)
+    app = ServerApp(engine, config.model)
+    info = engine.info()
+    if info.max_num_seqs < config.max_num_seqs:
+        log.warning(
+            "--kv_cache_gib %g holds %d sequences of %d tokens: decoding %d at once instead of %d",
+            config.kv_cache_gib, info.max_num_seqs, info.max_model_len, info.max_num_seqs, config.max_num_seqs,
+        )  # fmt: skip
+    settings = uvicorn.Config(
+        app.asgi(key), log_level="warning", access_log=False, timeout_keep_alive=120, lifespan="off", loop="uvloop"
+    )
+    server = _Server(settings, app, config, listener)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.close()
+        listener.close()
+    return 1 if engine.failure() else 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the port. Raises UserError when it is taken or the address is not of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        # Listening already here makes the next server that wants this port fail at once.
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"--port {port}: taken on {host} by another process (see `ss -ltnp 'sport = :{port}'`); "
+                "stop it or choose another port"
+            ) from error
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with our reading of signals: the first SIGTERM or SIGINT drains, a second one ends at once."""
+
+    def __init__(
+        self, settings: uvicorn.Config, app: ServerApp, config: RolloutConfig, listener: socket.socket
+    ) -> None:
+        super().__init__(settings)
+        self.app, self.rollout, self.listener = app, config, listener
+        self._stop_task: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(ready_message(self.app, self.rollout, self.listener), flush=True)
+
+    def _on_signal(self) -> None:
+        if self._stop_task is None:
+            log.info("draining: %d sequences running", self.app.engine.load().running)
+            self._stop_task = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        await self.app.drain(self.rollout.drain_timeout)
+        self.should_exit = True
+
+
+def ready_message(app: ServerApp, config: RolloutConfig, listener: socket.socket) -> str:
+    """What a server says when it is ready: the exact flags with which a trainer reaches it."""
+    host, port = listener.getsockname()[:2]
+    everywhere = host in ("0.0.0.0", "::")
+    reach = "127.0.0.1" if everywhere else host
+    info = app.engine.info()
+    flags = f"--model {shlex.quote(config.model)} --vllm_server_host {reach} --vllm_server_port {port}"
+    lines = [
+        f"ready: {config.model} ({info.engine}, {info.torch_dtype}) on {host}:{port}, "
+        f"{info.max_num_seqs} sequences of up to {info.max_model_len} tokens",
+        "train on this machine with:",
+        f"  outrider train {flags} --dataset DATA --reward_funcs REWARD",
+    ]
+    if everywhere:
+        name = socket.gethostname()
+        lines.append(
+            f"from another machine: --vllm_server_host {name}, and OUTRIDER_API_KEY set to the content of {key_file()}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Publishing: every rank copies its weights into shared memory, off the training thread."""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from outrider.contract.errors import UserError
+from outrider.contract.identity import host_identity
+from outrider.contract.manifest import DTYPE_BYTES, DTypeName, Manifest, Piece, Segment, TensorEntry
+
+#: Versions kept at once: one that servers may be reading, and one being written.
+BUFFERS = 2
+
+_ALIGNMENT = 64
+
+
+def segment_directory() -> Path:
+    """Shared memory where the system has it, else the directory for temporary files."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+class Publisher:
+    """Writes versions of one model's weights, alternately into two segments, and describes them in manifests.
+
+    A server that is still reading version v while v+2 is being written over it finds checksums that do not match,
+    refuses, and stages the newest version instead; so the trainer never waits for a server.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], dtype: DTypeName, run_id: str, fingerprint: str, segment_url: str | None
+    ) -> None:
+        """tensors: name → this rank's tensor, whose storage stays the same over steps. segment_url: prefix under
+        which a segment's name is served to other hosts. Raises UserError when shared memory is too small."""
+        self.tensors, self.dtype, self.run_id, self.fingerprint = tensors, dtype, run_id, fingerprint
+        self._offsets: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, tensor in tensors.items():
+            length = tensor.numel() * DTYPE_BYTES[dtype]
+            self._offsets[name] = (end, length)
+            end += -(-length // _ALIGNMENT) * _ALIGNMENT
+        self.nbytes = end
+        self._files: list[BinaryIO] = []
+        self._buffers = [self._create(index, segment_url) for index in range(BUFFERS)]
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._pending: Future[Manifest] | None = None
+
+    def publish(self, version: int) -> "Future[Manifest]":
+        """Start to copy the weights as version ``version``. They must not change until :meth:`wait` returns."""
+        self.wait()
+        self._pending = self._pool.submit(self._write, version)
+        return self._pending
+
+    def wait(self) -> float:
+        """Wait for the copy in progress; returns the seconds waited. Raises what the copy raised."""
+        if self._pending is None:
+            return 0.0
+        started = time.monotonic()
+        pending, self._pending = self._pending, None
+        pending.result()
+        return time.monotonic() - started
+
+    def close(self) -> None:
+        """Remove the segments."""
+        self._pool.shutdown(wait=True)
+        for segment, _, _ in self._buffers:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(segment.path)
+        for file in self._files:
+            file.close()
+
+    @torch.no_grad()
+    def _write(self, version: int) -> Manifest:
+        segment, mapped, landing = self._buffers[version % BUFFERS]
+        dtype = getattr(torch, self.dtype)
+        entries = []
+        for name, tensor in self.tensors.items():
+            offset, length = self._offsets[name]
+            landing[offset : offset + length].view(dtype).view(tensor.shape).copy_(tensor)
+            checksum = xxhash.xxh3_64_intdigest(mapped[offset : offset + length])
+            piece = Piece(segment=0, offset=offset, length=length, checksum=checksum)
+            entries.append(TensorEntry(name=name, dtype=self.dtype, shape=tuple(tensor.shape), pieces=(piece,)))
+        return Manifest(
+            run_id=self.run_id,
+            version=version,
+            model_fingerprint=self.fingerprint,
+            segments=(segment,),
+            tensors=tuple(entries),
+        )
+
+    def _create(self, index: int, segment_url: str | None) -> tuple[Segment, memoryview, Tensor]:
+        directory = segment_directory()
+        path = directory / f"outrider-{self.run_id}-{os.getpid()}-{index}"
+        try:
+            file = open(path, "x+b", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+            self._files.append(file)
+            # Held as long as this process lives: how remove_stale_segments knows that the segment is in use.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Reserves the pages now: a full /dev/shm is an error here and not a bus error later.
+            os.posix_fallocate(file.fileno(), 0, max(self.nbytes, 1))
+            mapped = mmap.mmap(file.fileno(), max(self.nbytes, 1))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise UserError(
+                f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {directory} "
+                f"({error.strerror}); enlarge it (in containers: --shm-size)"
+            ) from error
+        url = f"{segment_url}/{path.name}" if segment_url else None
+        segment = Segment(host=host_identity(), path=str(path), length=self.nbytes, url=url)
+        return segment, memoryview(mapped), torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def remove_stale_segments() -> int:
+    """Delete segments of this user whose process is gone (killed before it could). Returns how many."""
+    removed = 0
+    for path in segment_directory().glob("outrider-*-*-*"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_uid == os.getuid():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its publisher lives
+                path.unlink()
+                removed += 1
+    return removed

@@ -1,0 +1,183 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+from outrider.cli import main as outrider
+from outrider.cli.rollout import parse_rollout
+from outrider.cli.train import world_size
+from outrider.cli.train_config import Resolved, TrainConfig
+from outrider.contract.errors import UserError
+from outrider.server.config import RolloutConfig
+
+TRAIN = ["train", "--model", "m", "--dataset", "d.jsonl", "--reward_funcs", "accuracy"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "NNODES", "NPROC_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a module with the given contents where a command imports it from."""
+
+    def install(name: str, **contents: object) -> None:
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return install
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"], ["-h"]):
+        assert outrider.main(argv) == 0
+        assert "rollout   serve a model" in capsys.readouterr().out
+    assert outrider.main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("outrider ")
+
+
+@pytest.mark.parametrize("command", ["rollout", "train"])
+def test_help_of_a_command_needs_no_other_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outrider.main([command, "--bad", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: outrider {command}")
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("trian", "did you mean train?"), ("xyz", "there are rollout, train")])
+def test_unknown_commands(name: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outrider.main([name]) == 2
+    assert remedy in capsys.readouterr().err
+
+
+def test_errors_of_users_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outrider.main([*TRAIN, "--prt", "1", "--top_p", "7"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "outrider: --prt is not a flag of outrider train: 'outrider train --help' lists the flags",
+        "outrider: --top_p is '7': expected a finite number > 0 and <= 1",
+    ]
+
+
+def test_interruption(installed: Callable[..., None]) -> None:
+    def interrupted(config: RolloutConfig) -> int:
+        raise KeyboardInterrupt
+
+    installed("outrider.server.launch", serve=interrupted)
+    assert outrider.main(["rollout", "--model", "m"]) == 130
+
+
+def test_other_errors_keep_their_traceback(installed: Callable[..., None]) -> None:
+    def broken(config: RolloutConfig) -> int:
+        raise RuntimeError("a defect")
+
+    installed("outrider.server.launch", serve=broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        outrider.main(["rollout", "--model", "m"])
+
+
+def test_rollout_serves(installed: Callable[..., None]) -> None:
+    served = []
+    installed("outrider.server.launch", serve=lambda config: served.append(config) or 7)
+    assert outrider.main(["rollout", "--model", "m", "--port", "9"]) == 7
+    assert served == [RolloutConfig(model="m", port=9, engine="torch")]
+
+
+@pytest.mark.parametrize(("command", "module"), [("demo", "outrider.demo.run"), ("show", "outrider.cli.show")])
+def test_commands_of_other_rooms(command: str, module: str, installed: Callable[..., None]) -> None:
+    installed(module, main=lambda argv: len(argv))
+    assert outrider.main([command, "a", "b", "c"]) == 3
+
+
+def test_train_trains_and_warns(installed: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    trained: list[tuple[TrainConfig, Resolved]] = []
+    installed("outrider.trainer.run", train=lambda config, resolved: trained.append((config, resolved)) or 0)
+    assert outrider.main([*TRAIN, "--max_staleness", "1", "--top_p", "0.8"]) == 0
+    ((config, plan),) = trained
+    assert (config.sampling.top_p, plan.max_staleness) == (0.8, 1)
+    assert capsys.readouterr().err.startswith("outrider: warning: --top_p 0.8")
+
+
+def test_only_the_first_process_prints(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed("outrider.trainer.run", train=lambda config, resolved: resolved.world_size)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert outrider.main([*TRAIN, "--max_staleness", "1", "--top_p", "0.8"]) == 2
+    assert outrider.main([*TRAIN, "--dry_run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_dry_runs_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outrider.main([*TRAIN, "--dry_run"]) == 0
+    assert "1 prompt x 8 rollouts" in capsys.readouterr().out
+    assert outrider.main(["rollout", "--model", "m", "--dry_run", "--api_key", "sesame"]) == 0
+    out = capsys.readouterr().out
+    assert ["engine", "torch"] in [line.split() for line in out.splitlines()]
+    assert "sesame" not in out
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_the_engine_is_torch(engine: str) -> None:
+    assert parse_rollout(["--model", "m", "--engine", engine]).engine == "torch"
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("--engine vllm", ["--engine vllm is not in this version", "--engine torch"]),
+        ("--tensor_parallel_size 2", ["--tensor_parallel_size 2", "the vllm engine", "not in this version"]),
+        ("--vllm_tensor_parallel_size 2", ["--tensor_parallel_size 2"]),
+        ("--data_parallel_size 2", ["--data_parallel_size 2", "start 2 servers", "--vllm_server_port 8000 8001"]),
+        ("--api_key=", ["--api_key is empty"]),
+        ("--vllm_enforce_eager", ["ms-swift has it"]),
+    ],
+)
+def test_what_a_server_cannot_do(line: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_rollout(["--model", "m", *line.split()])
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "16", "NNODES": "2", "NPROC_PER_NODE": "8"}, 16),
+        ({"NNODES": "1", "NPROC_PER_NODE": "1"}, 1),
+    ],
+)
+def test_world_size(environment: dict[str, str], size: int) -> None:
+    assert world_size(environment) == size
+
+
+def test_processes_that_nobody_started_are_an_error() -> None:
+    with pytest.raises(UserError, match="torchrun --nnodes 2 --node_rank 1 --nproc_per_node 8 --no_python"):
+        world_size({"NNODES": "2", "NODE_RANK": "1", "NPROC_PER_NODE": "8"})
+    with pytest.raises(UserError, match="NNODES=two: expected a whole number"):
+        world_size({"NNODES": "two"})
+
+
+def test_the_commands_load_no_heavy_library() -> None:
+    program = (
+        "import sys, outrider.cli.main, outrider.cli.swift\n"
+        "outrider.cli.main.main(['train', '--help']); outrider.cli.main.main(['rollout', '--help'])\n"
+        f"assert outrider.cli.main.main({[*TRAIN, '--dry_run']!r}) == 0\n"
+        "print('loaded:', sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded: []\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m outrider.cli.main train --help | true"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
