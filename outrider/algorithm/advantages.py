@@ -14,9 +14,7 @@ STD_FLOOR = 1e-4
 EQUAL_WITHIN = 1e-9
 
 
-def combine_rewards(
-    per_function: Sequence[Sequence[float | None]], weights: Sequence[float]
-) -> NDArray[np.float64]:
+def combine_rewards(per_function: Sequence[Sequence[float | None]], weights: Sequence[float]) -> NDArray[np.float64]:
     """Weighted sum of several reward functions: R_i = Σ_f w_f · r_f,i over the functions with an opinion.
 
     per_function[f][i] is what function f gave rollout i; None (or NaN) means that it has no opinion, and
@@ -26,9 +24,7 @@ def combine_rewards(
     if not per_function:
         raise ValueError("no reward function: give at least one, or there is nothing to learn from")
     if len(per_function) != len(weights):
-        raise ValueError(
-            f"{len(per_function)} reward functions but {len(weights)} weights: give one weight each"
-        )
+        raise ValueError(f"{len(per_function)} reward functions but {len(weights)} weights: give one weight each")
     lengths = [len(rewards) for rewards in per_function]
     if len(set(lengths)) > 1:
         raise ValueError(f"reward functions returned {lengths} rewards: each must return one per rollout")

@@ -57,8 +57,7 @@ def rollout_correction(
     if mode in ("token_mask", "sequence_mask"):
         return rho.where(rho <= threshold, 0.0)
     raise ValueError(
-        f"the correction mode is {mode!r}: choose none, token_truncate, token_mask, sequence_truncate "
-        "or sequence_mask"
+        f"the correction mode is {mode!r}: choose none, token_truncate, token_mask, sequence_truncate or sequence_mask"
     )
 
 

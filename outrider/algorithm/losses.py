@@ -138,9 +138,7 @@ def policy_loss(
     """
     _check_shapes(logprobs, old=old_logprobs, sequence=sequence, correction=correction, ref=ref_logprobs)
     if spec.beta > 0.0 and ref_logprobs is None:
-        raise ValueError(
-            f"beta is {spec.beta} but there are no ref_logprobs: load a reference model, or set beta to 0"
-        )
+        raise ValueError(f"beta is {spec.beta} but there are no ref_logprobs: load a reference model, or set beta to 0")
     lengths = advantages.new_zeros(advantages.shape, dtype=logprobs.dtype)
     lengths = lengths.index_add(0, sequence, torch.ones_like(logprobs))
 

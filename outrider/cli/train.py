@@ -4,10 +4,13 @@ import os
 import sys
 from collections.abc import Mapping
 
+import msgspec
+
 from outrider.cli.describe import describe
 from outrider.cli.entry import show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import asks_for_help
+from outrider.cli.specs import make_specs
 from outrider.cli.train_config import TRAIN, TrainConfig, parse_train, resolve
 from outrider.contract.errors import UserError
 
@@ -33,9 +36,14 @@ def start(config: TrainConfig) -> int:
     if is_first_process(os.environ):
         for warning in resolved.warnings:
             print(f"outrider: warning: {warning}", file=sys.stderr)
+    if resolved.world_size > 1:
+        raise UserError(
+            f"{resolved.world_size} trainer processes: this version trains with one; start it without torchrun"
+        )
     from outrider.trainer.run import train
 
-    return train(config, resolved)
+    trainer, collector = make_specs(config, resolved)
+    return train(trainer, msgspec.msgpack.encode(collector))
 
 
 def is_first_process(environment: Mapping[str, str]) -> bool:

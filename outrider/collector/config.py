@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from outrider.contract.options import PositiveInt, Section, option
+from outrider.rewards.settings import RewardSettings
 
 
 class ServersConfig(Section):
@@ -121,3 +123,31 @@ class EvaluationConfig(Section):
     eval_on_start: Annotated[bool, option("Evaluate before the first step")] = True
     num_generations_eval: Annotated[int, option("Completions for each held-out prompt", ge=1)] = 1
     eval_temperature: Annotated[float, option("Temperature of evaluation; 0 is greedy", ge=0, le=100)] = 0.0
+
+
+class CollectorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the collector process is told at its start, by the command line through the trainer.
+
+    run_id: names this process of the run to the servers. groups_per_batch: groups of one optimizer step.
+    max_staleness: K. ledger: path of the SQLite file. resume: whether the ledger may hold an earlier part of the run.
+    drop_zero_variance: groups without two different rewards contribute nothing to the gradient (beta is 0).
+    """
+
+    run_id: str
+    resume: bool
+    model: str
+    trust_remote_code: bool
+    server_urls: list[str]
+    servers: ServersConfig
+    data: DataConfig
+    sampling: SamplingConfig
+    rewards: RewardConfig
+    reward_weights: tuple[float, ...]
+    reward_settings: RewardSettings
+    staleness: StalenessConfig
+    max_staleness: int
+    evaluation: EvaluationConfig
+    groups_per_batch: int
+    seed: int
+    ledger: str
+    drop_zero_variance: bool

@@ -11,7 +11,7 @@ import numpy as np
 
 from outrider.contract.control import ServerInfo
 from outrider.contract.generation import VersionSpan
-from outrider.contract.manifest import Manifest
+from outrider.contract.manifest import DTypeName, Manifest
 
 IntArray: TypeAlias = bytes
 FloatArray: TypeAlias = bytes
@@ -114,11 +114,14 @@ class EvalExample(msgspec.Struct, kw_only=True):
 
 
 class Ready(msgspec.Struct, kw_only=True, tag="ready"):
-    """The collector has found the servers and the data in order. ``segment_url`` serves this host's segments."""
+    """The collector has found the servers and the data in order. ``segment_url`` serves this host's segments.
+
+    serving_dtype: precision in which weights are to be published.
+    """
 
     servers: list[ServerInfo]
+    serving_dtype: DTypeName
     prompts: int
-    prompts_rejected: int
     evaluation_prompts: int
     segment_url: str
 
@@ -134,14 +137,25 @@ class PoolStatus(msgspec.Struct, kw_only=True, tag="pool"):
     rollouts_running: int
     tokens_per_second: float
     generation_idle_share: float
-    notice: str = ""
+
+
+class Notice(msgspec.Struct, kw_only=True, tag="notice"):
+    """Something the user should know: a server lost or back, a group given up."""
+
+    text: str
 
 
 class Failure(msgspec.Struct, kw_only=True, tag="failure"):
-    """The collector cannot go on; ``message`` is for the user. ``exhausted``: the data or the signal ran out."""
+    """The collector cannot go on; ``message`` is for the user."""
 
     message: str
-    exhausted: bool = False
+
+
+class Begin(msgspec.Struct, kw_only=True, tag="begin"):
+    """Start to collect for the steps from ``start_step`` up to, not including, ``max_steps``."""
+
+    start_step: int
+    max_steps: int
 
 
 class Published(msgspec.Struct, kw_only=True, tag="published"):
@@ -157,20 +171,14 @@ class EvaluateRequest(msgspec.Struct, kw_only=True, tag="evaluate"):
     version: int
 
 
-class StepTrained(msgspec.Struct, kw_only=True, tag="trained"):
-    """The optimizer step on the batch of ``step`` is done."""
-
-    step: int
-
-
 class Stop(msgspec.Struct, kw_only=True, tag="stop"):
     """End in order: abort what is in flight, close the ledger, exit."""
 
     reason: str
 
 
-FromCollector: TypeAlias = Ready | Batch | EvalResult | PoolStatus | Failure
-FromTrainer: TypeAlias = Published | EvaluateRequest | StepTrained | Stop
+FromCollector: TypeAlias = Ready | Batch | EvalResult | PoolStatus | Notice | Failure
+FromTrainer: TypeAlias = Begin | Published | EvaluateRequest | Stop
 
 
 def version_span_array(spans: list[VersionSpan]) -> np.ndarray:

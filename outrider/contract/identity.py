@@ -17,6 +17,9 @@ _INCIDENTAL = frozenset(
     }
 )  # fmt: skip
 
+#: Names of the special tokens that go into :func:`tokenizer_hash`.
+SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
+
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -14,5 +14,9 @@ DRAIN = "/outrider/drain"
 #: Routes that answer without the API key, so that a supervisor can probe liveness without holding it.
 OPEN_ROUTES = frozenset({HEALTH})
 
+#: Header of a completion request: the run whose weights must be in use. A server that was restarted, or that another
+#: run has taken over, answers 409 instead of sampling from the wrong weights.
+RUN_HEADER = "X-Outrider-Run"
+
 #: Where a trainer node serves the bytes of its published pieces to servers on other hosts.
 WEIGHT_SEGMENT = "/outrider/segments/{name}"

@@ -17,6 +17,7 @@ from rich.text import Text
 from outrider.contract.feed import PoolStatus
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent, trend
+from outrider.observe.printable import printable
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.sparkline import bar, sparkline
 from outrider.observe.watch import Watch
@@ -92,8 +93,6 @@ class LivePanel:
         """Take up what the collector does."""
         with self._lock:
             self._pool = status
-        for text in self._watch.pool(status):
-            self.notice(text)
 
     def phase(self, text: str) -> None:
         """Take up what the trainer does."""
@@ -335,4 +334,4 @@ def _versions(versions: Sequence[int], width: int) -> str:
 
 def _one_line(text: str) -> str:
     # The head is plenty for any terminal, and a completion may have a hundred thousand characters.
-    return " ".join(text[:4000].split())
+    return printable(" ".join(text[:4000].split()))

@@ -10,6 +10,7 @@ from outrider.contract.feed import PoolStatus
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent
 from outrider.observe.live_panel import LivePanel
+from outrider.observe.printable import printable
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.watch import Watch
 
@@ -86,9 +87,7 @@ class PlainPanel:
         )
 
     def pool(self, status: PoolStatus) -> None:
-        """Print the collector's notice, if it has one."""
-        for text in self._watch.pool(status):
-            self.notice(text)
+        """Nothing: the collector says twice a second what it does."""
 
     def phase(self, text: str) -> None:
         """Nothing: phases change several times a step."""
@@ -126,5 +125,5 @@ class PlainPanel:
 
     def _line(self, text: str) -> None:
         # Text, not markup: brackets in a notice or a completion are no styles. Never wrapped: lines are grepped.
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
         self._console.file.flush()

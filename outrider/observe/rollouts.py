@@ -12,6 +12,7 @@ from rich.text import Text
 
 from outrider.contract.rollouts import RolloutRow
 from outrider.observe.figures import decimal, mean
+from outrider.observe.printable import printable
 
 _STYLES = {"best": "green", "worst": "red", "random": "blue"}
 
@@ -21,12 +22,14 @@ def render_rollouts(
 ) -> RenderableType:
     """The best and the worst rollouts by reward, and some of the others drawn with ``seed``, each shown once.
 
-    Prompt and completion are printed whole, as they are.
+    Prompt and completion are printed whole, control characters as pictures.
     """
+    groups = len({row.group for row in rows})
     heading = Text.assemble(
-        (f"{len(rows):,} rollouts", "bold"), f" of {len({row.group for row in rows}):,} groups, mean reward ",
+        (f"{len(rows):,} rollout{'s' * (len(rows) != 1)}", "bold"),
+        f" of {groups:,} group{'s' * (groups != 1)}, mean reward ",
         (decimal(mean(row.reward for row in rows if row.reward is not None)), "bold"),
-    )  # fmt: skip
+    )
     picked = pick_rollouts(rows, best=best, worst=worst, random=random, seed=seed)
     return Group(heading, *(_card(kind, row) for kind, row in picked))
 
@@ -61,8 +64,8 @@ def _card(kind: str, row: RolloutRow) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("prompt", Text(row.prompt))
-    table.add_row("completion", Text(row.completion, style="bold"))
+    table.add_row("prompt", Text(printable(row.prompt)))
+    table.add_row("completion", Text(printable(row.completion), style="bold"))
     table.add_row("reward", Text("  ".join([_reward(row.reward), *_functions(row)])))
     table.add_row("advantage", Text(_reward(row.advantage)))
     table.add_row("tokens", Text(f"{row.tokens:,}, ended by {row.finish_reason}"))

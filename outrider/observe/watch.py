@@ -2,7 +2,6 @@
 
 import math
 
-from outrider.contract.feed import PoolStatus
 from outrider.observe.figures import number
 from outrider.observe.records import StepRecord
 
@@ -13,7 +12,6 @@ class Watch:
     def __init__(self, logprob_gap_alarm: float) -> None:
         self._alarm = logprob_gap_alarm
         self._active: set[str] = set()
-        self._pool_notice = ""
 
     def step(self, record: StepRecord) -> list[str]:
         """Notices that this step gives rise to."""
@@ -36,10 +34,4 @@ class Watch:
         }
         began = [text for name, (holds, text) in conditions.items() if holds and name not in self._active]
         self._active = {name for name, (holds, _) in conditions.items() if holds}
-        return began
-
-    def pool(self, status: PoolStatus) -> list[str]:
-        """The collector's notice, once for as long as it repeats it."""
-        began = [status.notice] if status.notice and status.notice != self._pool_notice else []
-        self._pool_notice = status.notice
         return began

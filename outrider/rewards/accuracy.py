@@ -39,9 +39,7 @@ def accuracy(completions: list[str], **columns: Any) -> list[float | None]:
 def require_math_verify() -> None:
     """UserError with the command that installs it, if math-verify is absent. Cheap: does not import it."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError(
-            "the reward 'accuracy' needs math-verify, which is not installed: pip install 'outrider[math]'"
-        )
+        raise UserError("the reward 'accuracy' needs math-verify, which is not installed: pip install 'outrider[math]'")
 
 
 def _answer_of(text: str) -> str:

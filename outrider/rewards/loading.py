@@ -67,9 +67,7 @@ def load_reward(spec: str, settings: RewardSettings, external_plugins: list[str]
     homes = [module for module in plugins if name in _candidates(module)]
     if len(homes) + (name in BUILT_IN) > 1:
         found = ["the built-in one"] * (name in BUILT_IN) + [f"{module.__file__}:{name}" for module in homes]
-        raise UserError(
-            f"the reward {name!r} is ambiguous ({', '.join(found)}): name the file, as in {found[-1]}"
-        )
+        raise UserError(f"the reward {name!r} is ambiguous ({', '.join(found)}): name the file, as in {found[-1]}")
     if homes:
         return _from_module(homes[0], name, spec)
     if name in BUILT_IN:
@@ -83,9 +81,7 @@ def _build_accuracy(settings: RewardSettings) -> RewardFunction:
 
 
 def _build_repetition(settings: RewardSettings) -> RewardFunction:
-    return partial(
-        repetition, n_grams=settings.repetition_n_grams, max_penalty=settings.repetition_max_penalty
-    )
+    return partial(repetition, n_grams=settings.repetition_n_grams, max_penalty=settings.repetition_max_penalty)
 
 
 def _build_soft_overlong(settings: RewardSettings) -> RewardFunction:
@@ -142,9 +138,7 @@ def _candidates(module: ModuleType) -> list[str]:
     return sorted(
         name
         for name, value in vars(module).items()
-        if not name.startswith("_")
-        and callable(value)
-        and getattr(value, "__module__", None) == module.__name__
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
     )
 
 
@@ -217,8 +211,4 @@ def _where(error: BaseException, file: str | None) -> str:
         and not frame.filename.startswith("<frozen")
         and not frame.filename.startswith(os.path.dirname(importlib.__file__))
     ]
-    return (
-        f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line} ({what})"
-        if frames
-        else f" ({what})"
-    )
+    return f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line} ({what})" if frames else f" ({what})"

@@ -84,6 +84,9 @@ class ServerApp:
     async def completions(self, request: Request) -> Response:
         if self.draining:
             raise Unavailable("this server is draining and takes no new requests; use another one")
+        wanted, serving = request.headers.get(routes.RUN_HEADER), self.engine.status().run_id
+        if wanted is not None and wanted != serving:
+            raise Conflict(f"weights of run {wanted!r} are asked for, those of run {serving!r} are in use here")
         body = await _body(request, CompletionRequest)
         if body.model is not None and body.model != self.served_name:
             raise InvalidRequest(f"model: {body.model!r} is not served here, {self.served_name!r} is", "model")

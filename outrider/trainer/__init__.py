@@ -1,0 +1,1 @@
+"""The loop that turns batches of rollouts into optimizer steps and published weights."""

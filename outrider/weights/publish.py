@@ -4,10 +4,9 @@ import contextlib
 import fcntl
 import mmap
 import os
-import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -17,17 +16,12 @@ from torch import Tensor
 from outrider.contract.errors import UserError
 from outrider.contract.identity import host_identity
 from outrider.contract.manifest import DTYPE_BYTES, DTypeName, Manifest, Piece, Segment, TensorEntry
+from outrider.weights.segments import segment_path
 
 #: Versions kept at once: one that servers may be reading, and one being written.
 BUFFERS = 2
 
 _ALIGNMENT = 64
-
-
-def segment_directory() -> Path:
-    """Shared memory where the system has it, else the directory for temporary files."""
-    shared = Path("/dev/shm")
-    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
 class Publisher:
@@ -38,10 +32,18 @@ class Publisher:
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], dtype: DTypeName, run_id: str, fingerprint: str, segment_url: str | None
+        self,
+        tensors: dict[str, Tensor],
+        dtype: DTypeName,
+        run_id: str,
+        fingerprint: str,
+        segment_url: str | None,
+        announce: Callable[[Manifest], None] | None = None,
     ) -> None:
         """tensors: name → this rank's tensor, whose storage stays the same over steps. segment_url: prefix under
-        which a segment's name is served to other hosts. Raises UserError when shared memory is too small."""
+        which a segment's name is served to other hosts. announce: called with
+        every manifest, on the copying thread.
+        Raises UserError when shared memory is too small."""
         self.tensors, self.dtype, self.run_id, self.fingerprint = tensors, dtype, run_id, fingerprint
         self._offsets: dict[str, tuple[int, int]] = {}
         end = 0
@@ -50,6 +52,7 @@ class Publisher:
             self._offsets[name] = (end, length)
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
+        self._announce = announce
         self._files: list[BinaryIO] = []
         self._buffers = [self._create(index, segment_url) for index in range(BUFFERS)]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -90,17 +93,19 @@ class Publisher:
             checksum = xxhash.xxh3_64_intdigest(mapped[offset : offset + length])
             piece = Piece(segment=0, offset=offset, length=length, checksum=checksum)
             entries.append(TensorEntry(name=name, dtype=self.dtype, shape=tuple(tensor.shape), pieces=(piece,)))
-        return Manifest(
+        manifest = Manifest(
             run_id=self.run_id,
             version=version,
             model_fingerprint=self.fingerprint,
             segments=(segment,),
             tensors=tuple(entries),
         )
+        if self._announce is not None:
+            self._announce(manifest)
+        return manifest
 
     def _create(self, index: int, segment_url: str | None) -> tuple[Segment, memoryview, Tensor]:
-        directory = segment_directory()
-        path = directory / f"outrider-{self.run_id}-{os.getpid()}-{index}"
+        path = segment_path(self.run_id, index)
         try:
             file = open(path, "x+b", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
             self._files.append(file)
@@ -113,21 +118,9 @@ class Publisher:
             with contextlib.suppress(OSError):
                 path.unlink()
             raise UserError(
-                f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {directory} "
+                f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {path.parent} "
                 f"({error.strerror}); enlarge it (in containers: --shm-size)"
             ) from error
         url = f"{segment_url}/{path.name}" if segment_url else None
         segment = Segment(host=host_identity(), path=str(path), length=self.nbytes, url=url)
         return segment, memoryview(mapped), torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-def remove_stale_segments() -> int:
-    """Delete segments of this user whose process is gone (killed before it could). Returns how many."""
-    removed = 0
-    for path in segment_directory().glob("outrider-*-*-*"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_uid == os.getuid():
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its publisher lives
-                path.unlink()
-                removed += 1
-    return removed

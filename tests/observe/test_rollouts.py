@@ -32,7 +32,7 @@ def test_the_seed_chooses_the_random_ones() -> None:
 def test_fewer_rollouts_than_asked_for(count: int) -> None:
     rows = [make_rollout(index, float(index)) for index in range(count)]
     assert len(pick_rollouts(rows, best=2, worst=2, random=2, seed=0)) == count
-    assert f"{count} rollouts" in text_of(rows)
+    assert f"{count} rollout" in text_of(rows)
 
 
 def test_a_rollout_without_a_reward_is_never_best() -> None:
@@ -62,3 +62,8 @@ def test_everything_is_printed_as_it_is() -> None:
         assert expected in text
     assert "state" not in text
     assert "dropped: too old" in text_of([make_rollout(0, 1.0, state="dropped", reason="too old", step=None)])
+
+
+def test_sampled_control_characters_do_not_reach_the_terminal() -> None:
+    text = text_of([make_rollout(0, 1.0, completion="a\x1b[2Jb\x9bc\x07")])
+    assert "a␛[2Jb\N{REPLACEMENT CHARACTER}c␇" in text

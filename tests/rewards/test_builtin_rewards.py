@@ -92,7 +92,7 @@ class TestAccuracy:
             accuracy(["4", "5"], solution=["4"])
 
     def test_loading_it_does_not_import_math_verify(self) -> None:
-        code = "import sys, outrider.rewards.loading; sys.exit(any(m in sys.modules for m in ('sympy', 'torch')))"
+        code = "import sys, outrider.rewards.loading; sys.exit(bool({'sympy', 'torch'} & {*sys.modules}))"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

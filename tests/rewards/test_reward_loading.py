@@ -168,7 +168,7 @@ class TestPlugins:
         [
             (
                 "missing",
-                "rewards.py has no 'missing'. It defines: AsyncJudge, NeedsKey, NotCallable, Scaled, judge, length",
+                "has no 'missing'. It defines: AsyncJudge, NeedsKey, NotCallable, Scaled, judge, length",
             ),
             ("THRESHOLD", "has 'THRESHOLD', but it is not callable: 3"),
             ("NeedsKey", r"NeedsKey\(\) failed.*missing 1 required positional argument: 'key'.*a default"),

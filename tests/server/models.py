@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers import AutoModelForCausalLM as Auto
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 import outrider.demo
 

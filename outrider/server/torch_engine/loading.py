@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from outrider import __version__
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
-from outrider.contract.identity import host_identity, model_fingerprint, tokenizer_hash
+from outrider.contract.identity import SPECIAL_TOKENS, host_identity, model_fingerprint, tokenizer_hash
 from outrider.server.config import DTypeChoice, RolloutConfig
 from outrider.server.torch_engine.attention import ATTENTION_NAME
 from outrider.server.torch_engine.cache import slot_bytes
@@ -98,7 +98,7 @@ def stop_tokens(*declared: int | list[int] | None) -> set[int]:
 
 def hash_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """See :func:`outrider.contract.identity.tokenizer_hash`."""
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL_TOKENS}
     return tokenizer_hash(tokenizer.get_vocab(), special)
 
 

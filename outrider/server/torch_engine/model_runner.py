@@ -81,7 +81,8 @@ class ModelRunner:
             where = np.where(valid, positions[index], 0)
             first_slot = plan.chunks[0][0].slot
             whole = None if valid.all() else self._tensor(valid)
-            spans.append(Span(first_slot, self._tensor(index), self._tensor(where), round_up(int(where.max()) + 1), whole))
+            context = round_up(int(where.max()) + 1)
+            spans.append(Span(first_slot, self._tensor(index), self._tensor(where), context, whole))
         return spans
 
     def _tensor(self, array: np.ndarray) -> Tensor:

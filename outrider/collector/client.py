@@ -1,0 +1,128 @@
+"""One server, seen from the collector. Requests about weights have connections of their own."""
+
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from outrider.contract import routes
+from outrider.contract.control import CommitRequest, ServerInfo, StageRequest, WeightStatus
+from outrider.contract.errors import ErrorBody
+from outrider.contract.generation import CompletionRequest, CompletionResponse
+from outrider.contract.manifest import Manifest
+
+Answer = TypeVar("Answer", bound=msgspec.Struct)
+
+#: Deadlines of control requests, seconds. A stage moves a whole model.
+INFO_TIMEOUT = 5.0
+STAGE_TIMEOUT = 600.0
+COMMIT_TIMEOUT = 60.0
+
+
+class ServerLost(Exception):
+    """The server did not answer: refused, reset, or beyond the deadline."""
+
+
+class Refused(Exception):
+    """The server answered with an error. ``retryable``: another server, or this one later, may do better."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"HTTP {status}: {message}")
+        self.status, self.message = status, message
+        self.retryable = status in (409, 429) or status >= 500
+
+
+class ServerClient:
+    """Speaks the server contract. A completion has no deadline of its own, since a long rollout is not a dead
+    server: its connection is dropped by :meth:`drop_requests` when probes say that the server is gone."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._encode = msgspec.json.Encoder().encode
+        self._decode_completion = msgspec.json.Decoder(CompletionResponse).decode
+        self._data = self._session(limit=0)
+        self._control = self._session(limit=4)
+
+    def _session(self, limit: int) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=60.0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
+            headers={**self._headers, "Content-Type": "application/json"},
+        )
+
+    async def complete(self, request: CompletionRequest, run_id: str) -> CompletionResponse:
+        """Ask for completions sampled from the weights of ``run_id``. Raises ServerLost or Refused."""
+        try:
+            async with self._data.post(
+                self.url + routes.COMPLETIONS, data=self._encode(request), headers={routes.RUN_HEADER: run_id}
+            ) as answer:
+                body = await answer.read()
+                if answer.status == 200:
+                    return self._decode_completion(body)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ServerLost(f"{self.url}: {_reason(error)}") from error
+        except msgspec.MsgspecError as error:
+            raise Refused(502, f"{self.url} answered what is not a completion: {error}") from error
+        raise Refused(answer.status, _message(body))
+
+    async def info(self) -> ServerInfo:
+        """Who the server is. Raises ServerLost or Refused."""
+        return await self._ask("GET", routes.INFO, None, ServerInfo, INFO_TIMEOUT)
+
+    async def status(self) -> WeightStatus:
+        """The state of its weights. Raises ServerLost or Refused."""
+        return await self._ask("GET", routes.STATUS, None, WeightStatus, INFO_TIMEOUT)
+
+    async def stage(self, manifest: Manifest) -> WeightStatus:
+        """Have a version fetched. Raises ServerLost or Refused."""
+        return await self._ask("POST", routes.STAGE, StageRequest(manifest=manifest), WeightStatus, STAGE_TIMEOUT)
+
+    async def commit(self, run_id: str, version: int) -> WeightStatus:
+        """Have the staged version put to use. Raises ServerLost or Refused."""
+        body = CommitRequest(run_id=run_id, version=version)
+        return await self._ask("POST", routes.COMMIT, body, WeightStatus, COMMIT_TIMEOUT)
+
+    async def drop_requests(self) -> None:
+        """Break the connections of all completions in flight; each of them raises ServerLost."""
+        old, self._data = self._data, self._session(limit=0)
+        await old.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._data.close()
+        await self._control.close()
+
+    async def _ask(
+        self, verb: str, path: str, body: msgspec.Struct | None, kind: type[Answer], timeout: float
+    ) -> Answer:
+        data = None if body is None else self._encode(body)
+        try:
+            async with self._control.request(
+                verb, self.url + path, data=data, timeout=aiohttp.ClientTimeout(total=timeout)
+            ) as answer:
+                content = await answer.read()
+        except TimeoutError as error:
+            raise ServerLost(f"{self.url}{path}: no answer within {timeout:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerLost(f"{self.url}: {_reason(error)}") from error
+        if answer.status != 200:
+            raise Refused(answer.status, _message(content))
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.MsgspecError as error:
+            raise Refused(502, f"{self.url}{path} answered what is not {kind.__name__}: {error}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return error.os_error.strerror or str(error.os_error)
+    return str(error) or type(error).__name__
+
+
+def _message(body: bytes) -> str:
+    """The message of an error in OpenAI's shape, else the beginning of the body."""
+    try:
+        return msgspec.json.decode(body, type=ErrorBody).error.message
+    except msgspec.MsgspecError:
+        return body[:200].decode(errors="replace").strip() or "no explanation"

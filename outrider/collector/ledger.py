@@ -1,0 +1,256 @@
+"""The durable record of every group: a SQLite file in the run's directory.
+
+A group's row is written when it is finished or given up, and its step when its batch ships, before the trainer
+gets it. A run that ends anywhere can therefore be taken up again: steps that were trained after the last checkpoint
+are replayed with the same rollouts, finished groups that had not been trained are used, and what was in flight is
+started anew. Group g asks row ``Order.row(g)`` of the dataset, so the largest id is the data cursor.
+"""
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from outrider.collector.groups import Group
+from outrider.contract.errors import UserError
+from outrider.contract.feed import pack_floats, pack_ints, unpack_floats, unpack_ints
+from outrider.contract.generation import VersionSpan
+from outrider.contract.rollouts import RolloutRow
+from outrider.environments.base import Rollout
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS groups (
+    id INTEGER PRIMARY KEY, state TEXT NOT NULL CHECK (state IN ('finished', 'trained', 'dropped')),
+    step INTEGER, reason TEXT, deadline INTEGER, prompt TEXT NOT NULL, prompt_tokens BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS rollouts (
+    group_id INTEGER NOT NULL REFERENCES groups (id), place INTEGER NOT NULL, tokens BLOB NOT NULL,
+    logprobs BLOB NOT NULL, versions BLOB NOT NULL, mask BLOB, text TEXT NOT NULL, finish_reason TEXT NOT NULL,
+    server TEXT NOT NULL, reward REAL, rewards TEXT NOT NULL, advantage REAL, PRIMARY KEY (group_id, place))
+    WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
+"""
+
+
+class Backlog(msgspec.Struct):
+    """What a ledger holds for a run that goes on from a step.
+
+    replays: step → its groups, for steps from that one on. finished: not trained yet. missing: group ids that were
+    in flight. next_group: the first id never started.
+    """
+
+    replays: dict[int, list[Group]]
+    finished: list[Group]
+    missing: list[int]
+    next_group: int
+
+
+class Ledger:
+    """Writes on a thread of its own, so that a slow disk never holds up a rollout."""
+
+    def __init__(self, path: Path, facts: dict[str, str], resume: bool) -> None:
+        """facts: what must be the same for a run to go on (dataset, group size...). Raises UserError when the file
+        is of another run, cannot be written, or is in the way of a new run."""
+        self.path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = self._thread.submit(_open, path).result()
+            known = self._thread.submit(lambda: dict(self._db.execute("SELECT name, value FROM facts"))).result()
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"ledger {path}: cannot be written: {error}") from error
+        if known and not resume:
+            raise UserError(
+                f"--output_dir {path.parent} holds another run's ledger: choose another directory, or go on with that "
+                "run by --resume_from_checkpoint auto"
+            )
+        changed = [name for name, value in facts.items() if known and known.get(name) != value]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"ledger {path} is of a run with {name} {known.get(name)}; this one has {facts[name]}: "
+                "resume with the same settings, or choose another --output_dir"
+            )
+        self._submit(lambda: self._db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", facts.items())).result()
+
+    def finished(self, group: Group) -> "Future[Any]":
+        """Record a group that waits for its batch."""
+        return self._submit(lambda: self._insert(group, "finished", None))
+
+    def dropped(self, group_id: int, reason: str, group: Group | None = None) -> "Future[Any]":
+        """Record that a group was given up, with its rollouts where there are any."""
+
+        def write() -> None:
+            if group is not None:
+                self._insert(group, "dropped", reason)
+            else:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO groups VALUES (?, 'dropped', NULL, ?, NULL, '', x'')", (group_id, reason)
+                )
+
+        return self._submit(write)
+
+    def trained(self, step: int, groups: Sequence[Group]) -> "Future[Any]":
+        """Record which groups make up the batch of ``step``, with their advantages."""
+
+        def write() -> None:
+            self._db.executemany(
+                "UPDATE groups SET state = 'trained', step = ? WHERE id = ?", [(step, group.id) for group in groups]
+            )
+            self._db.executemany(
+                "UPDATE rollouts SET advantage = ? WHERE group_id = ? AND place = ?",
+                [(value, group.id, place) for group in groups for place, value in enumerate(group.advantages)],
+            )
+
+        return self._submit(write)
+
+    def backlog(self, start_step: int) -> Backlog:
+        """What there is to take up for a run that goes on with ``start_step``."""
+        return self._thread.submit(lambda: _backlog(self._db, start_step)).result()
+
+    def close(self) -> None:
+        """Write what is outstanding and close the file."""
+        self._thread.submit(self._db.close).result()
+        self._thread.shutdown()
+
+    def _submit(self, write: Any) -> "Future[Any]":
+        def transaction() -> None:
+            try:
+                with self._db:
+                    write()
+            except sqlite3.Error as error:
+                raise UserError(
+                    f"ledger {self.path}: cannot be written: {error}; free space there, then go on with "
+                    "--resume_from_checkpoint auto"
+                ) from error
+
+        return self._thread.submit(transaction)
+
+    def _insert(self, group: Group, state: str, reason: str | None) -> None:
+        prompt_tokens = pack_ints(group.rollouts[0].prompt) if group.rollouts else b""
+        self._db.execute("DELETE FROM rollouts WHERE group_id = ?", (group.id,))
+        self._db.execute(
+            "INSERT OR REPLACE INTO groups VALUES (?, ?, NULL, ?, ?, ?, ?)",
+            (group.id, state, reason, group.deadline, group.prompt, prompt_tokens),
+        )
+        self._db.executemany(
+            "INSERT INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            [
+                (
+                    group.id,
+                    place,
+                    pack_ints(rollout.tokens),
+                    pack_floats(rollout.logprobs),
+                    msgspec.msgpack.encode(rollout.versions),
+                    None if rollout.mask is None else bytes(rollout.mask),
+                    rollout.text,
+                    rollout.finish_reason,
+                    rollout.server,
+                    group.rewards[place] if group.rewards else None,
+                    json.dumps({name: values[place] for name, values in group.per_function.items()}),
+                )
+                for place, rollout in enumerate(group.rollouts)
+            ],
+        )
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    # A power cut may cost the last moments, a killed process nothing; the file is sound either way.
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.executescript(_SCHEMA)
+    return db
+
+
+def _backlog(db: sqlite3.Connection, start_step: int) -> Backlog:
+    replays: dict[int, list[Group]] = {}
+    finished = []
+    query = "SELECT id, state, step, deadline, prompt, prompt_tokens FROM groups WHERE state = 'finished' OR step >= ?"
+    for group_id, state, step, deadline, prompt, prompt_tokens in db.execute(query + " ORDER BY id", (start_step,)):
+        group = _read_group(db, group_id, deadline, prompt, unpack_ints(prompt_tokens).tolist())
+        if state == "finished":
+            finished.append(group)
+        else:
+            replays.setdefault(step, []).append(group)
+    known = {row[0] for row in db.execute("SELECT id FROM groups")}
+    next_group = max(known, default=-1) + 1
+    missing = [group_id for group_id in range(next_group) if group_id not in known]
+    return Backlog(replays, finished, missing, next_group)
+
+
+def _read_group(db: sqlite3.Connection, group_id: int, deadline: int, prompt: str, tokens: list[int]) -> Group:
+    group = Group(group_id, deadline, prompt, [], [], {})
+    for row in db.execute(
+        "SELECT tokens, logprobs, versions, mask, text, finish_reason, server, reward, rewards, advantage "
+        "FROM rollouts WHERE group_id = ? ORDER BY place",
+        (group_id,),
+    ):
+        ids, logprobs, versions, mask, text, finish_reason, server, reward, rewards, advantage = row
+        group.rollouts.append(
+            Rollout(
+                prompt=tokens,
+                tokens=unpack_ints(ids).tolist(),
+                logprobs=unpack_floats(logprobs).tolist(),
+                versions=msgspec.msgpack.decode(versions, type=list[VersionSpan]),
+                text=text,
+                finish_reason=finish_reason,
+                server=server,
+                mask=None if mask is None else list(mask),
+            )
+        )
+        group.rewards.append(reward)
+        for name, value in json.loads(rewards).items():
+            group.per_function.setdefault(name, []).append(value)
+        if advantage is not None:
+            group.advantages.append(advantage)
+    return group
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    except sqlite3.Error as error:
+        raise UserError(f"ledger {path}: cannot be read: {error}") from error
+
+
+def trained_steps(path: Path) -> list[int]:
+    """Steps (counted from 1) whose rollouts the ledger holds, in order."""
+    with _read_only(path) as db:
+        query = "SELECT DISTINCT step FROM groups WHERE step IS NOT NULL ORDER BY step"
+        return [step + 1 for (step,) in db.execute(query)]
+
+
+def read_rollouts(path: Path, step: int | None) -> list[RolloutRow]:
+    """Rollouts of one step (counted from 1); None for those that no step has trained."""
+    condition, values = ("g.step = ?", [step - 1]) if step is not None else ("g.step IS NULL", [])
+    query = (
+        "SELECT g.id, r.place, g.step, g.state, g.reason, g.prompt, r.text, r.tokens, r.reward, r.rewards, "
+        "r.advantage, r.finish_reason, r.versions, r.server FROM groups g JOIN rollouts r ON r.group_id = g.id "
+        f"WHERE {condition} ORDER BY g.id, r.place"
+    )
+    with _read_only(path) as db:
+        return [
+            RolloutRow(
+                group=group,
+                index=place,
+                step=None if trained is None else trained + 1,
+                state=state,
+                reason=reason,
+                prompt=prompt,
+                completion=text,
+                tokens=len(tokens) // 4,
+                reward=reward,
+                rewards=json.loads(rewards),
+                advantage=advantage,
+                finish_reason=finish_reason,
+                versions=msgspec.msgpack.decode(versions, type=list[VersionSpan]),
+                server=server,
+            )
+            for group, place, trained, state, reason, prompt, text, tokens, reward, rewards, advantage, finish_reason,
+                versions, server in db.execute(query, values)
+        ]  # fmt: skip

@@ -1,0 +1,253 @@
+"""The collector as a process: set up, preflight, and the conversation with the trainer."""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from outrider.collector.client import ServerClient
+from outrider.collector.collector import Collector
+from outrider.collector.config import CollectorSpec
+from outrider.collector.evaluation import Evaluation
+from outrider.collector.keeper import Keeper, watch_pool
+from outrider.collector.ledger import Ledger
+from outrider.collector.pool import Pool, Server
+from outrider.collector.preflight import Expected, check_server, wait_for_server
+from outrider.collector.prompts import PromptSet
+from outrider.collector.segments import SegmentServer, own_address
+from outrider.collector.setup import (
+    evaluation_template,
+    ledger_facts,
+    load_identity,
+    load_sources,
+    prompt_sets,
+    sampling_template,
+    start_rewards,
+)
+from outrider.contract.errors import UserError
+from outrider.contract.feed import (
+    Begin,
+    EvaluateRequest,
+    Failure,
+    FromCollector,
+    FromTrainer,
+    Notice,
+    Published,
+    Ready,
+    Stop,
+)
+from outrider.contract.identity import host_identity
+from outrider.contract.keys import client_key
+from outrider.contract.manifest import DTypeName, Manifest
+from outrider.environments.single_turn import SingleTurn
+
+log = logging.getLogger(__name__)
+
+
+def main(endpoint: str) -> int:
+    """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens."""
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    _die_with_parent()
+    # Ctrl-C reaches the whole terminal group; when to stop is the trainer's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import uvloop
+
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    except ImportError:
+        runner = asyncio.Runner()
+    with runner:
+        return runner.run(CollectorProcess(endpoint).run())
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the trainer is gone, however it went."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:
+        sys.exit(1)
+
+
+class CollectorProcess:
+    """Owns everything that has to be started before collecting and closed after it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.manifest: Manifest | None = None
+        self.keepers: list[Keeper] = []
+        self.closers = contextlib.AsyncExitStack()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._tasks: list[asyncio.Task[Any]] = []
+        self.collector: Collector | None = None
+
+    async def run(self) -> int:
+        """Serve one run; the exit status."""
+        context = zmq.asyncio.Context()
+        self.socket = context.socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.LINGER, 2000)
+        # Queues are bounded by the admission gate, not by dropping or blocking here.
+        self.socket.set_hwm(0)
+        self.socket.connect(self.endpoint)
+        versions = context.socket(zmq.PULL)
+        versions.set_hwm(0)
+        versions.bind(f"{self.endpoint}-versions")
+        self._incoming: asyncio.Queue[FromTrainer] = asyncio.Queue()
+        try:
+            async with self.closers:
+                spec = msgspec.msgpack.decode(await self.socket.recv(), type=CollectorSpec)
+                self._spawn(self._read(self.socket))
+                self._spawn(self._read(versions))
+                await self._serve(spec)
+            return 0
+        except UserError as error:
+            self.send(Failure(message=str(error)))
+            return 2
+        except Exception as error:  # noqa: BLE001 - the last resort: the trainer must hear of it and not wait
+            traceback.print_exc()
+            self.send(Failure(message=f"collector: {type(error).__name__}: {error}"))
+            return 1
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            versions.close(linger=0)
+            self.socket.close()
+            context.term()
+
+    def send(self, message: FromCollector) -> None:
+        """Hand a message to the trainer; never waits."""
+        future = self.socket.send(self._encode(message))
+        del future  # with no high-water mark the message is queued at once
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        """Queue what arrives on a socket."""
+        decode = msgspec.msgpack.Decoder(FromTrainer).decode
+        while True:
+            self._incoming.put_nowait(decode(await socket.recv()))
+
+    async def _serve(self, spec: CollectorSpec) -> None:
+        key = client_key(spec.servers.vllm_server_api_key)
+        tokenizer, expected = load_identity(spec)
+        sources = load_sources(spec)
+        rewards = start_rewards(spec)
+        self.closers.callback(rewards.close)
+        servers = await self._reach_servers(spec, expected, key)
+        train, held_out = prompt_sets(spec, tokenizer, sources, [s.info for s in servers if s.info is not None])
+        pool = Pool(servers, spec.run_id, spec.staleness.request_retries, self._changed)
+        ledger = Ledger(Path(spec.ledger), ledger_facts(spec, train), resume=spec.resume)
+        self.closers.callback(ledger.close)
+        environment, template = SingleTurn(), sampling_template(spec)
+        self.collector = Collector(spec, train, pool, rewards, environment, ledger, template, self.send)
+        evaluation = None
+        if held_out is not None:
+            template = evaluation_template(spec)
+            evaluation = Evaluation(held_out, pool, rewards, spec.reward_weights, environment, template, spec.seed)
+        self.keepers = [
+            Keeper(server, expected, lambda: self.manifest, self._changed, self._notice, self._fail)
+            for server in servers
+        ]
+        for keeper in self.keepers:
+            self._spawn(keeper.run())
+        self._spawn(self.collector.report())
+        self._spawn(watch_pool(servers, spec.servers.vllm_server_timeout))
+        segment_url = await self._serve_segments(spec, servers, key)
+        self.send(ready(servers, train, held_out, segment_url))
+        await self._converse(self.collector, evaluation)
+
+    async def _reach_servers(self, spec: CollectorSpec, expected: Expected, key: str) -> list[Server]:
+        servers = []
+        for url in spec.server_urls:
+            client = ServerClient(url, key)
+            self.closers.push_async_callback(client.close)
+            servers.append(Server(client))
+        infos = await asyncio.gather(
+            *(
+                wait_for_server(
+                    server.client, spec.servers.vllm_server_timeout, spec.servers.vllm_server_api_key, self._notice
+                )
+                for server in servers
+            )
+        )
+        for server, info in zip(servers, infos, strict=True):
+            check_server(server.url, info, expected)
+            server.info, server.alive = info, True
+            server.limit = spec.servers.max_concurrent_rollouts or 2 * info.max_num_seqs
+        return servers
+
+    async def _serve_segments(self, spec: CollectorSpec, servers: list[Server], key: str) -> str:
+        """Serve published weights over HTTP where a server is on another host; the URL, or "" where none is."""
+        elsewhere = [server for server in servers if server.info and server.info.host != host_identity()]
+        if not elsewhere:
+            return ""
+        segments = SegmentServer(spec.servers.weight_host or own_address(elsewhere[0].url), key, spec.run_id)
+        self.closers.push_async_callback(segments.stop)
+        return await segments.start()
+
+    async def _converse(self, collector: Collector, evaluation: Evaluation | None) -> None:
+        """Follow the trainer until it says stop, or a task of ours fails."""
+        while True:
+            incoming = asyncio.ensure_future(self._incoming.get())
+            await asyncio.wait([incoming, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in list(self._tasks):
+                if task.done():
+                    self._tasks.remove(task)
+                    task.result()  # raises what ended it
+            if not incoming.done():
+                incoming.cancel()
+                continue
+            match incoming.result():
+                case Begin(start_step=start_step, max_steps=max_steps):
+                    self._spawn(collector.run(start_step, max_steps))
+                case Published(manifest=manifest):
+                    self.manifest = manifest
+                    for keeper in self.keepers:
+                        keeper.wake.set()
+                case EvaluateRequest(step=step, version=version) if evaluation is not None:
+                    self._spawn(self._evaluate(evaluation, step, version))
+                case Stop():
+                    return
+                case other:
+                    raise UserError(f"the trainer sent {type(other).__name__}, which has no meaning now")
+
+    async def _evaluate(self, evaluation: Evaluation, step: int, version: int) -> None:
+        self.send(await evaluation.run(step, version))
+
+    def _spawn(self, coroutine: Any) -> None:
+        self._tasks.append(asyncio.create_task(coroutine))
+
+    def _changed(self) -> None:
+        if self.collector is not None:
+            self.collector.changed.set()
+
+    def _notice(self, text: str) -> None:
+        log.info("%s", text)
+        self.send(Notice(text=text))
+
+    def _fail(self, message: str) -> None:
+        self.send(Failure(message=message))
+
+
+def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, segment_url: str) -> Ready:
+    """What the collector has found."""
+    infos = [server.info for server in servers if server.info is not None]
+    return Ready(
+        servers=infos,
+        serving_dtype=cast(DTypeName, infos[0].torch_dtype),
+        prompts=len(train),
+        evaluation_prompts=len(held_out) if held_out is not None else 0,
+        segment_url=segment_url,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,107 @@
+"""From a specification to the parts that the collector process consists of."""
+
+from typing import Any
+
+import msgspec
+
+from outrider.collector.config import CollectorSpec
+from outrider.collector.preflight import Expected
+from outrider.collector.prompts import PromptSet, load_rows, split_rows
+from outrider.collector.reward_runner import RewardRunner
+from outrider.contract.control import ServerInfo
+from outrider.contract.errors import UserError
+from outrider.contract.generation import CompletionRequest
+from outrider.contract.identity import SPECIAL_TOKENS, model_fingerprint, tokenizer_hash
+
+#: Rows and the names of their columns.
+Source = tuple[Any, list[str]]
+
+
+def load_identity(spec: CollectorSpec) -> tuple[Any, Expected]:
+    """Tokenizer of the trainer's model, and the fingerprints that servers must have. Raises UserError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {spec.model}: cannot be loaded: {error}") from error
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL_TOKENS}
+    expected = Expected(
+        model=spec.model,
+        model_fingerprint=model_fingerprint(config.to_dict()),
+        tokenizer_hash=tokenizer_hash(tokenizer.get_vocab(), special),
+        max_completion_length=spec.sampling.max_completion_length,
+    )
+    return tokenizer, expected
+
+
+def load_sources(spec: CollectorSpec) -> tuple[Source, Source | None]:
+    """Rows to train on, and rows held out where there are any. Raises UserError."""
+    rows, columns = load_rows(spec.data.dataset, "--dataset")
+    if spec.data.val_dataset:
+        return (rows, columns), load_rows(spec.data.val_dataset, "--val_dataset")
+    if spec.data.split_dataset_ratio > 0:
+        rows, held_out = split_rows(rows, spec.data.split_dataset_ratio, spec.seed)
+        return (rows, columns), (held_out, columns)
+    return (rows, columns), None
+
+
+def prompt_sets(
+    spec: CollectorSpec, tokenizer: Any, sources: tuple[Source, Source | None], infos: list[ServerInfo]
+) -> tuple[PromptSet, PromptSet | None]:
+    """Training and held-out prompts, limited to what every server can take. Raises UserError."""
+    room = min(info.max_model_len for info in infos) - spec.sampling.max_completion_length
+    limit = room if spec.data.max_length is None else min(room, spec.data.max_length)
+    (rows, columns), held_out = sources
+    train = PromptSet(rows, columns, " ".join(spec.data.dataset), tokenizer, spec.data, limit)
+    train.check()
+    if held_out is None:
+        return train, None
+    name = " ".join(spec.data.val_dataset) or "the held-out split"
+    return train, PromptSet(held_out[0], held_out[1], name, tokenizer, spec.data, limit)
+
+
+def start_rewards(spec: CollectorSpec) -> RewardRunner:
+    """The reward functions. Raises UserError when one cannot be loaded."""
+    rewards = spec.rewards
+    return RewardRunner(
+        rewards.reward_funcs,
+        spec.reward_settings,
+        rewards.external_plugins,
+        rewards.reward_timeout,
+        rewards.reward_workers,
+    )
+
+
+def sampling_template(spec: CollectorSpec) -> CompletionRequest:
+    """Sampling parameters of training rollouts."""
+    return CompletionRequest(
+        prompt=[],
+        n=spec.sampling.num_generations,
+        max_tokens=spec.sampling.max_completion_length,
+        temperature=spec.sampling.temperature,
+        top_p=spec.sampling.top_p,
+        top_k=spec.sampling.top_k,
+    )
+
+
+def evaluation_template(spec: CollectorSpec) -> CompletionRequest:
+    """Sampling parameters of held-out evaluation."""
+    return msgspec.structs.replace(
+        sampling_template(spec),
+        n=spec.evaluation.num_generations_eval,
+        temperature=spec.evaluation.eval_temperature,
+        top_p=1.0,
+        top_k=-1,
+    )
+
+
+def ledger_facts(spec: CollectorSpec, prompts: PromptSet) -> dict[str, str]:
+    """What must be the same for a run to go on with its ledger."""
+    return {
+        "seed": str(spec.seed),
+        "dataset": prompts.fingerprint(),
+        "groups_per_batch": str(spec.groups_per_batch),
+        "num_generations": str(spec.sampling.num_generations),
+    }

@@ -1,0 +1,148 @@
+"""Checkpoints: a Hugging Face directory with the trainer's state beside it, written whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from outrider.contract.errors import UserError
+
+_STATE, _OPTIMIZER = "outrider_state.json", "optimizer.pt"
+_PREFIX, _UNFINISHED = "checkpoint-", ".unfinished"
+
+
+class TrainerState(msgspec.Struct, kw_only=True):
+    """What goes on in a resumed run. step: optimizer steps taken; time: seconds of training before."""
+
+    step: int
+    max_steps: int
+    time: float
+    model_fingerprint: str
+
+
+class SaveFailed(Exception):
+    """A directory could not be written; nothing of it is left, and earlier ones are untouched."""
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: TrainerState,
+    model: PreTrainedModel,
+    tokenizer_source: str,
+    optimizer: torch.optim.Optimizer | None,
+    keep: int | None,
+) -> Path:
+    """Write ``checkpoint-<step>`` and remove all but the newest ``keep``. optimizer: None leaves its state out, and
+    the checkpoint cannot be resumed. Raises SaveFailed."""
+    path = output_dir / f"{_PREFIX}{state.step}"
+
+    def write(directory: Path) -> None:
+        write_model(directory, model, tokenizer_source)
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), directory / _OPTIMIZER)
+        (directory / _STATE).write_bytes(msgspec.json.encode(state))
+
+    write_directory(path, write)
+    if keep is not None:
+        for old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def write_model(directory: Path, model: PreTrainedModel, tokenizer_source: str) -> None:
+    """Weights, configuration and tokenizer as ``AutoModelForCausalLM.from_pretrained`` and vLLM load them."""
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(directory)
+
+
+def write_directory(path: Path, write: Any) -> None:
+    """Have ``write(directory)`` fill a directory beside ``path`` and move it there when it is whole and on disk.
+
+    Raises SaveFailed.
+    """
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        for file in unfinished.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        unfinished.rename(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        # torch and safetensors report a full disk by errors of their own, which are RuntimeErrors.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise SaveFailed(f"{path}: {_first_line(error)}{_free_space(path.parent)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise SaveFailed(f"{path}: {_first_line(error)}{_free_space(path.parent)}") from error
+        raise
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints that can be resumed, oldest first."""
+    found = []
+    for path in output_dir.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdigit() and (path / _STATE).exists():
+            found.append((int(number), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
+    """The directory to resume from. wanted: ``auto`` (the newest whole one, or None for a run that has none yet) or
+    a path. Raises UserError when the path is not a checkpoint that can be resumed."""
+    if wanted == "auto":
+        whole = [path for path in list_checkpoints(output_dir) if (path / _OPTIMIZER).exists()]
+        return whole[-1] if whole else None
+    path = Path(wanted)
+    if not (path / _STATE).exists():
+        known = ", ".join(str(p) for p in list_checkpoints(output_dir)) or "none"
+        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is there; those of the run: {known}")
+    if not (path / _OPTIMIZER).exists():
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: it was saved with --save_only_model and cannot be resumed; start a "
+            f"new run with --model {wanted}"
+        )
+    return path
+
+
+def load_state(path: Path, fingerprint: str) -> TrainerState:
+    """The state of a checkpoint. Raises UserError when it is of another model or cannot be read."""
+    try:
+        state = msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"checkpoint {path}: {_STATE} cannot be read: {error}") from error
+    if state.model_fingerprint != fingerprint:
+        raise UserError(
+            f"checkpoint {path} is of a model with fingerprint {state.model_fingerprint}, --model has {fingerprint}: "
+            "resume with the model that the run was started with"
+        )
+    return state
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's state. Raises UserError."""
+    try:
+        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {path}: {_OPTIMIZER} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _free_space(directory: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(directory).free / 2**20:,.0f} MiB are free there)"
+    return ""

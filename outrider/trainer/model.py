@@ -1,0 +1,108 @@
+"""The policy and its reference: Hugging Face models with float32 master weights."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from outrider.contract.errors import UserError
+from outrider.contract.identity import model_fingerprint
+from outrider.trainer.config import ModelConfig
+from outrider.trainer.logprobs import token_logprobs
+from outrider.trainer.packing import MicroBatch
+
+
+class Policy:
+    """A causal language model that gives log-probabilities of the trained tokens of a micro-batch."""
+
+    def __init__(self, config: ModelConfig, source: str, temperature: float, chunk: int, trainable: bool) -> None:
+        """source: directory or hub id of the weights. chunk: tokens projected onto the vocabulary at once.
+        Raises UserError when the model cannot be loaded, or is not of a kind whose logits we can reproduce."""
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.temperature, self.chunk = temperature, chunk
+        compute = _compute_dtype(config, self.device)
+        self._autocast = compute if compute != torch.float32 else None
+        try:
+            self.config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source,
+                # Optimizer steps are smaller than bfloat16 can add to a weight.
+                dtype=torch.float32 if trainable else compute,
+                attn_implementation=config.attn_impl,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"--model {source}: cannot be loaded: {error}") from error
+        self.model.to(self.device)  # type: ignore[arg-type]
+        self.model.requires_grad_(trainable)
+        self.model.train(trainable)
+        _switch_off_dropout(self.model)
+        if trainable and config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._check_projection(source)
+
+    @property
+    def fingerprint(self) -> str:
+        """See :func:`outrider.contract.identity.model_fingerprint`."""
+        return model_fingerprint(self.config.to_dict())
+
+    def published_tensors(self) -> dict[str, Tensor]:
+        """Weights by name, tied ones once."""
+        return {name: parameter.data for name, parameter in self.model.named_parameters()}
+
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probabilities of the trained tokens; float32 [tokens]."""
+        with self._precision():
+            hidden = self._hidden(batch.input_ids, batch.attention_mask)
+            chosen = hidden.flatten(0, 1)[batch.where]
+            return token_logprobs(chosen, batch.targets, self._project, self.temperature, self.chunk)
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states before the vocabulary projection; [rows, width, hidden]."""
+        base = self.model.get_decoder()
+        return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self._autocast is None:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self._autocast):
+                yield
+
+    @torch.no_grad()
+    def _check_projection(self, source: str) -> None:
+        """Our way to the logits must be the model's own: some architectures scale them in ways of their own."""
+        ids = torch.arange(1, 9, device=self.device)[None] % self.config.get_text_config().vocab_size
+        with self._precision():
+            expected = self.model(input_ids=ids, use_cache=False).logits.float()
+            found = self._project(self._hidden(ids, torch.ones_like(ids))).float()
+        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"--model {source}: {type(self.model).__name__} computes its logits in a way that this trainer does "
+                "not reproduce (they differ from hidden states times output embeddings); it cannot be trained here"
+            )
+
+
+def _compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.torch_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.torch_dtype)
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """The policy that is trained must be the one that was sampled from, which has no dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -1,0 +1,433 @@
+"""One training run: from the preflight to the final export."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from outrider.algorithm.losses import LossSpec
+from outrider.contract.errors import UserError
+from outrider.contract.feed import Batch, Begin, EvalResult, Ready
+from outrider.observe.metrics import MetricsWriter, read_metrics
+from outrider.observe.panel import make_panel
+from outrider.observe.records import EvalRecord, StepRecord
+from outrider.observe.reporters import Reporters, make_reporters
+from outrider.trainer.checkpoint import (
+    SaveFailed,
+    TrainerState,
+    find_checkpoint,
+    load_optimizer,
+    load_state,
+    save_checkpoint,
+    write_directory,
+    write_model,
+)
+from outrider.trainer.finish import RunEnd, finish_run
+from outrider.trainer.interrupt import Interrupt
+from outrider.trainer.link import CollectorLink, Interrupted
+from outrider.trainer.model import Policy
+from outrider.trainer.optimizer import learning_rate, make_optimizer
+from outrider.trainer.spec import TrainerSpec
+from outrider.trainer.step import StepComputer, StepOutcome
+from outrider.weights.publish import Publisher
+from outrider.weights.segments import remove_stale_segments
+
+#: Seconds for servers to hold a version and answer all held-out prompts.
+EVALUATION_DEADLINE = 3600.0
+#: Seconds within which the final export is tried again when it fails, on a full disk say.
+EXPORT_PATIENCE = 300.0
+
+
+def train(spec: TrainerSpec, collector: bytes) -> int:
+    """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
+    child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
+    if spec.run.threads is not None:
+        torch.set_num_threads(spec.run.threads)
+    torch.manual_seed(spec.run.seed)
+    output_dir = Path(spec.run.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from error
+    remove_stale_segments()
+    run = Trainer(spec, output_dir)
+    try:
+        run.link.start(collector)
+        run.load()
+        return run.train()
+    except Interrupted:
+        return run.stopped_by_user()
+    finally:
+        run.close()
+
+
+class Trainer:
+    """The state of a run, and its loop."""
+
+    def __init__(self, spec: TrainerSpec, output_dir: Path) -> None:
+        self.spec, self.output_dir = spec, output_dir
+        self.panel = make_panel(spec.logging, output_dir.name, max(spec.batch.max_steps, 1), spec.max_staleness)
+        self.interrupt = Interrupt(
+            lambda: self.panel.notice("stopping after this step; once more to stop now, without saving"),
+            lambda: self.link.kill(),
+        )
+        self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
+        self.publisher: Publisher | None = None
+        self.step = 0
+        self.max_steps = 0
+        self.time_before = 0.0
+        self.saved_step = -1
+        self.started: float | None = None
+        self.ended_last = 0.0
+        self.evaluations: list[EvalResult] = []
+        self.metrics: MetricsWriter | None = None
+        self.reporters: Reporters | None = None
+
+    # ---- getting ready -----------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load model, optimizer and checkpoint while the collector makes its preflight; then publish."""
+        spec = self.spec
+        checkpoint = None
+        if spec.run.resume_from_checkpoint is not None:
+            checkpoint = find_checkpoint(spec.run.resume_from_checkpoint, self.output_dir)
+        source = str(checkpoint) if checkpoint is not None else spec.model.model
+        chunk = spec.loss.logprob_chunk_size
+        self.policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
+        reference = None
+        if spec.loss.beta > 0:
+            reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
+        self.optimizer = make_optimizer(self.policy.model, spec.optimizer)
+        self.computer = StepComputer(
+            self.policy,
+            reference,
+            loss_spec(spec),
+            spec.batch,
+            spec.correction_mode,
+            spec.loss.rollout_importance_sampling_threshold,
+            spec.optimizer.max_grad_norm,
+        )
+        state = None
+        if checkpoint is not None:
+            state = load_state(checkpoint, self.policy.fingerprint)
+            load_optimizer(checkpoint, self.optimizer)
+            self.step, self.saved_step, self.time_before = state.step, state.step, state.time
+        # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
+        self.ready = self.link.ready(deadline=24 * 3600.0)
+        self.max_steps = planned_steps(spec, self.ready)
+        self._open_outputs()
+        if state is not None:
+            self.panel.notice(f"resumed from {checkpoint} after step {state.step}")
+        if self.step >= self.max_steps:
+            raise UserError(
+                f"checkpoint {checkpoint} is at step {self.step} and the run has {self.max_steps}: raise --max_steps "
+                "or --num_train_epochs to go on"
+            )
+        self.publisher = Publisher(
+            self.policy.published_tensors(),
+            self.ready.serving_dtype,
+            spec.run_id,
+            self.policy.fingerprint,
+            self.ready.segment_url or None,
+            self.link.announce,
+        )
+        self._publish()
+
+    def _open_outputs(self) -> None:
+        spec = self.spec
+        self.panel = make_panel(spec.logging, self.output_dir.name, self.max_steps, spec.max_staleness)
+        self.link.use_panel(self.panel)
+        self.metrics = MetricsWriter(self.output_dir / "metrics.jsonl")
+        self.reporters = make_reporters(
+            spec.logging, self.output_dir, spec.configuration, self.panel.notice, first_step=self.step + 1
+        )
+        self.panel.start()
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """The loop over steps. Returns the exit status."""
+        spec = self.spec
+        evaluates = self.ready.evaluation_prompts > 0
+        if evaluates and spec.eval_on_start and self.step == 0:
+            self._evaluate_now()
+        self.link.send(Begin(start_step=self.step, max_steps=self.max_steps))
+        self.started = self.ended_last = time.monotonic()
+        while self.step < self.max_steps and not self.interrupt.requested:
+            self._one_step()
+            if evaluates and spec.eval_steps and self.step % spec.eval_steps == 0 and self.step < self.max_steps:
+                self.link.request_evaluation(self.step, self.step)
+        seconds = self._elapsed()
+        if self.interrupt.requested:
+            return self.stopped_by_user()
+        if evaluates:
+            self._evaluate_now()
+        self._export()
+        self._write_end(seconds, finished=True)
+        return 0
+
+    def _one_step(self) -> None:
+        """Wait for a batch, compute, step, publish, record, save."""
+        self.panel.phase("waiting for rollouts")
+        started = time.monotonic()
+        batch = self.link.batch()
+        got = time.monotonic()
+        self.panel.phase("training")
+        rate = self._set_learning_rate()
+        outcome = self.computer.gradients(batch)
+        # The copy of the version before reads the weights that the optimizer is about to change.
+        publish_wait = self.publisher.wait() if self.publisher is not None else 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._publish()
+        trained = time.monotonic()
+        if self.spec.run.save_steps and self.step % self.spec.run.save_steps == 0 and self.step < self.max_steps:
+            self.panel.phase("saving")
+            self._save()
+        now = time.monotonic()
+        record = step_record(
+            batch,
+            outcome,
+            step=self.step,
+            max_steps=self.max_steps,
+            time=self._elapsed(),
+            seconds=now - self.ended_last,
+            wait=got - started,
+            train=trained - got - publish_wait,
+            publish_wait=publish_wait,
+            save=now - trained,
+            rate=rate,
+        )
+        self.ended_last = now
+        self._record(record)
+        for result in self.link.arrived_evaluations():
+            self._record_evaluation(result)
+
+    def _publish(self) -> None:
+        """Copy the weights out in the background; servers are told when the copy is whole."""
+        assert self.publisher is not None
+        self.publisher.publish(self.step)
+        if self.spec.max_staleness == 0:
+            # Nothing to overlap with: the next batch needs this version.
+            self.publisher.wait()
+
+    def _set_learning_rate(self) -> float:
+        config = self.spec.optimizer
+        rate = learning_rate(
+            self.step, self.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _evaluate_now(self) -> None:
+        """Evaluate the present version, and wait for the result."""
+        self.panel.phase("evaluating")
+        if self.publisher is not None:
+            self.publisher.wait()
+        for result in self.link.arrived_evaluations():
+            self._record_evaluation(result)
+        self.link.request_evaluation(self.step, self.step)
+        while True:
+            result = self.link.evaluation(EVALUATION_DEADLINE)
+            self._record_evaluation(result)
+            if result.step == self.step:
+                return
+
+    # ---- records, saves and the end ----------------------------------------------------------------------------
+
+    def _elapsed(self) -> float:
+        return self.time_before + (0.0 if self.started is None else time.monotonic() - self.started)
+
+    def _record(self, record: StepRecord) -> None:
+        self._log(record)
+        self.panel.step(record)
+
+    def _log(self, row: StepRecord | EvalRecord) -> None:
+        if self.metrics is not None and self.reporters is not None:
+            self.metrics.write(row)
+            self.reporters.log(row)
+
+    def _record_evaluation(self, result: EvalResult) -> None:
+        self.evaluations.append(result)
+        record = EvalRecord(
+            step=result.step,
+            time=self._elapsed(),
+            version_min=result.version_min,
+            version_max=result.version_max,
+            reward=result.reward,
+            rewards=result.rewards,
+            count=result.count,
+            failed=result.failed,
+            completion_length=result.completion_length,
+            seconds=result.seconds,
+        )
+        self._log(record)
+        self.panel.evaluation(record)
+
+    def _save(self) -> bool:
+        """Save a checkpoint. A failure is told and costs the checkpoint, not the run."""
+        state = TrainerState(
+            step=self.step,
+            max_steps=self.max_steps,
+            time=self._elapsed(),
+            model_fingerprint=self.policy.fingerprint,
+        )
+        run = self.spec.run
+        optimizer = None if run.save_only_model else self.optimizer
+        try:
+            save_checkpoint(
+                self.output_dir, state, self.policy.model, self.spec.model.model, optimizer, run.save_total_limit
+            )
+        except SaveFailed as error:
+            self.panel.notice(f"checkpoint not saved: {error}; training goes on")
+            return False
+        self.saved_step = self.step
+        return True
+
+    def _export(self) -> None:
+        """Write the final model. Raises UserError when that fails for ``EXPORT_PATIENCE`` seconds."""
+        self.panel.phase("saving")
+
+        def write(directory: Path) -> None:
+            write_model(directory, self.policy.model, self.spec.model.model)
+
+        self._patiently(lambda: write_directory(self.output_dir / "final", write), "the final model")
+
+    def _patiently(self, save: Callable[[], object], what: str) -> None:
+        """Save, waiting for space where there is none: the result of the run is in memory alone."""
+        until = time.monotonic() + EXPORT_PATIENCE
+        while True:
+            try:
+                save()
+                return
+            except SaveFailed as error:
+                if time.monotonic() > until or self.interrupt.requested:
+                    raise UserError(f"{what} could not be saved: {error}") from error
+                self.panel.notice(f"{what} could not be saved: {error}; trying again for {EXPORT_PATIENCE:g} s")
+                time.sleep(5.0)
+
+    def stopped_by_user(self) -> int:
+        """Save what there is, and say how to go on. Returns the exit status."""
+        seconds = self._elapsed()
+        if self.started is not None and self.saved_step != self.step and not self._save():
+            return 1
+        self.panel.stop()
+        print(
+            f"stopped after step {self.step} of {self.max_steps}; go on with the same command and "
+            "--resume_from_checkpoint auto",
+            flush=True,
+        )
+        if self.started is not None:
+            self._write_end(seconds, finished=False)
+        return 130
+
+    def _write_end(self, seconds: float, finished: bool) -> None:
+        self.panel.stop()
+        end = RunEnd(
+            finished=finished,
+            steps=self.step,
+            max_steps=self.max_steps,
+            train_seconds=seconds,
+            max_staleness=self.spec.max_staleness,
+        )
+        finish_run(
+            self.output_dir,
+            end,
+            rows=read_metrics(self.output_dir / "metrics.jsonl"),
+            evaluations=self.evaluations,
+            configuration=self.spec.configuration,
+            logprob_gap_alarm=self.spec.logging.logprob_gap_alarm,
+        )
+
+    def close(self) -> None:
+        """End the collector, remove the segments, put the terminal back."""
+        self.panel.stop()
+        self.link.stop("the run has ended")
+        if self.publisher is not None:
+            self.publisher.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.reporters is not None:
+            self.reporters.close()
+        self.interrupt.restore()
+
+
+def loss_spec(spec: TrainerSpec) -> LossSpec:
+    """The loss that the configuration asks for."""
+    return LossSpec(
+        loss_type=spec.loss.loss_type,
+        epsilon=spec.loss.epsilon,
+        epsilon_high=spec.loss.epsilon_high,
+        delta=spec.loss.delta,
+        beta=spec.loss.beta,
+        importance_sampling_level=spec.loss.importance_sampling_level,
+        max_completion_length=spec.max_completion_length,
+    )
+
+
+def planned_steps(spec: TrainerSpec, ready: Ready) -> int:
+    """Optimizer steps of the run: --max_steps, else what --num_train_epochs make of the prompts there are."""
+    if spec.batch.max_steps > 0:
+        return spec.batch.max_steps
+    return max(1, int(spec.batch.num_train_epochs * ready.prompts // spec.groups_per_batch))
+
+
+def step_record(
+    batch: Batch,
+    outcome: StepOutcome,
+    *,
+    step: int,
+    max_steps: int,
+    time: float,
+    seconds: float,
+    wait: float,
+    train: float,
+    publish_wait: float,
+    save: float,
+    rate: float,
+) -> StepRecord:
+    """The row of ``metrics.jsonl`` for one step. seconds: since the end of the step before."""
+    stats = batch.stats
+    return StepRecord(
+        step=step,
+        max_steps=max_steps,
+        time=time,
+        seconds=seconds,
+        wait_seconds=wait,
+        train_seconds=train,
+        publish_wait_seconds=publish_wait,
+        save_seconds=save,
+        trainer_idle_share=min(1.0, wait / max(seconds, 1e-9)),
+        generation_idle_share=stats.generation_idle_share,
+        loss=outcome.loss,
+        grad_norm=outcome.grad_norm,
+        learning_rate=rate,
+        reward=stats.reward,
+        reward_std=stats.reward_std,
+        rewards=stats.rewards,
+        completion_length=stats.completion_length,
+        completion_length_max=stats.completion_length_max,
+        truncated_share=stats.truncated_share,
+        staleness_mean=stats.staleness_mean,
+        staleness_max=stats.staleness_max,
+        clip_low_share=outcome.clip_low_share,
+        clip_high_share=outcome.clip_high_share,
+        kl=outcome.kl,
+        logprob_gap=outcome.logprob_gap,
+        logprob_gap_max=outcome.logprob_gap_max,
+        correction_mean=outcome.correction_mean,
+        groups=stats.groups,
+        groups_zero_variance=stats.groups_zero_variance,
+        groups_failed=stats.groups_failed,
+        groups_stale=stats.groups_stale,
+        prompts_rejected=stats.prompts_rejected,
+        tokens_trained=outcome.tokens,
+        tokens_per_second=stats.rollout_tokens / max(seconds, 1e-9),
+        reward_seconds=stats.reward_seconds,
+        stage_seconds=stats.stage_seconds,
+        commit_seconds=stats.commit_seconds,
+        epoch=stats.epoch,
+    )

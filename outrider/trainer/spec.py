@@ -1,0 +1,29 @@
+"""What the trainer is told by the command line."""
+
+import msgspec
+
+from outrider.observe.config import LoggingConfig
+from outrider.trainer.config import BatchConfig, CorrectionMode, LossConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer process. groups_per_batch: groups of an optimizer step. max_staleness: K. temperature: at which
+    rollouts are sampled, and so the one at which the trainer takes log-probabilities. configuration: all settings by
+    name, for reports. ledger: path of the SQLite file."""
+
+    run_id: str
+    model: ModelConfig
+    batch: BatchConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+    logging: LoggingConfig
+    groups_per_batch: int
+    num_generations: int
+    max_staleness: int
+    correction_mode: CorrectionMode
+    temperature: float
+    max_completion_length: int
+    eval_steps: int
+    eval_on_start: bool
+    configuration: dict[str, object]
