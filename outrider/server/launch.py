@@ -26,7 +26,7 @@ def serve(config: RolloutConfig) -> int:
     # The port first: a port that is taken must not cost the time of loading a model.
     listener = bind(config.host, config.port)
     key = server_key(config.api_key)
-    log.info("loading %s", config.model)
+    print(f"listening on {config.host}:{listener.getsockname()[1]}, loading {config.model}", flush=True)
     from outrider.server.torch_engine.loading import load_engine  # torch is imported only from here on
 
     engine = load_engine(config, key)

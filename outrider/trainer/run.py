@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
+from transformers.utils import logging as transformers_logging
 
 from outrider.algorithm.losses import LossSpec
 from outrider.contract.errors import UserError
 from outrider.contract.feed import Batch, Begin, EvalResult, Ready
 from outrider.observe.metrics import MetricsWriter, read_metrics
-from outrider.observe.panel import make_panel
+from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.reporters import Reporters, make_reporters
 from outrider.trainer.checkpoint import (
@@ -23,13 +25,14 @@ from outrider.trainer.checkpoint import (
     write_directory,
     write_model,
 )
-from outrider.trainer.finish import RunEnd, finish_run
+from outrider.trainer.finish import finish_run
 from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import learning_rate, make_optimizer
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.step import StepComputer, StepOutcome
+from outrider.trainer.summary import RunEnd
 from outrider.weights.publish import Publisher
 from outrider.weights.segments import remove_stale_segments
 
@@ -50,6 +53,7 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from error
+    transformers_logging.disable_progress_bar()  # it would write over the panel
     remove_stale_segments()
     run = Trainer(spec, output_dir)
     try:
@@ -67,16 +71,17 @@ class Trainer:
 
     def __init__(self, spec: TrainerSpec, output_dir: Path) -> None:
         self.spec, self.output_dir = spec, output_dir
-        self.panel = make_panel(spec.logging, output_dir.name, max(spec.batch.max_steps, 1), spec.max_staleness)
+        self.step = 0
+        self.max_steps = 0
+        self.time_before = 0.0
+        # Plain lines until the run is known to start: the live panel has nothing to show before.
+        self.panel = self._panel(plain=True)
         self.interrupt = Interrupt(
             lambda: self.panel.notice("stopping after this step; once more to stop now, without saving"),
             lambda: self.link.kill(),
         )
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         self.publisher: Publisher | None = None
-        self.step = 0
-        self.max_steps = 0
-        self.time_before = 0.0
         self.saved_step = -1
         self.started: float | None = None
         self.ended_last = 0.0
@@ -134,9 +139,13 @@ class Trainer:
         )
         self._publish()
 
+    def _panel(self, plain: bool) -> Panel:
+        logging = msgspec.structs.replace(self.spec.logging, panel="off") if plain else self.spec.logging
+        return make_panel(logging, self.output_dir.name, self.max_steps, self.spec.max_staleness)
+
     def _open_outputs(self) -> None:
         spec = self.spec
-        self.panel = make_panel(spec.logging, self.output_dir.name, self.max_steps, spec.max_staleness)
+        self.panel = self._panel(plain=False)
         self.link.use_panel(self.panel)
         self.metrics = MetricsWriter(self.output_dir / "metrics.jsonl")
         self.reporters = make_reporters(

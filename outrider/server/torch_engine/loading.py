@@ -4,6 +4,7 @@ import os
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from outrider import __version__
 from outrider.contract.control import ServerInfo
@@ -20,6 +21,7 @@ DEFAULT_CONTEXT = 4096
 
 def load_engine(config: RolloutConfig, key: str) -> TorchEngine:
     """Load model and tokenizer and start the engine. Raises UserError for what the user can mend."""
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.threads is not None:
         torch.set_num_threads(config.threads)
