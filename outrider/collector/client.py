@@ -66,6 +66,10 @@ class ServerClient:
             raise Refused(502, f"{self.url} answered what is not a completion: {error}") from error
         raise Refused(answer.status, _message(body))
 
+    async def health(self) -> None:
+        """Whether its engine works. Raises ServerLost or Refused."""
+        await self._bytes("GET", routes.HEALTH, None, INFO_TIMEOUT)
+
     async def info(self) -> ServerInfo:
         """Who the server is. Raises ServerLost or Refused."""
         return await self._ask("GET", routes.INFO, None, ServerInfo, INFO_TIMEOUT)
@@ -96,7 +100,13 @@ class ServerClient:
     async def _ask(
         self, verb: str, path: str, body: msgspec.Struct | None, kind: type[Answer], timeout: float
     ) -> Answer:
-        data = None if body is None else self._encode(body)
+        content = await self._bytes(verb, path, None if body is None else self._encode(body), timeout)
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.MsgspecError as error:
+            raise Refused(502, f"{self.url}{path} answered what is not {kind.__name__}: {error}") from error
+
+    async def _bytes(self, verb: str, path: str, data: bytes | None, timeout: float) -> bytes:
         try:
             async with self._control.request(
                 verb, self.url + path, data=data, timeout=aiohttp.ClientTimeout(total=timeout)
@@ -108,10 +118,7 @@ class ServerClient:
             raise ServerLost(f"{self.url}: {_reason(error)}") from error
         if answer.status != 200:
             raise Refused(answer.status, _message(content))
-        try:
-            return msgspec.json.decode(content, type=kind)
-        except msgspec.MsgspecError as error:
-            raise Refused(502, f"{self.url}{path} answered what is not {kind.__name__}: {error}") from error
+        return content
 
 
 def _reason(error: BaseException) -> str:

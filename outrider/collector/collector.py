@@ -68,6 +68,7 @@ class Collector:
         finally:
             for task in self._tasks:
                 task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _take_up(self, backlog: Backlog) -> None:
         """Go on where an earlier process of this run ended."""
@@ -121,11 +122,13 @@ class Collector:
     async def _make_group(self, group_id: int, deadline: int, asked: Prompt, home: Server) -> None:
         """Sample, score and queue one group. home: the server occupied for it."""
         first: Server | None = home
+        version = deadline - self.spec.max_staleness
 
         async def sample(prompt: list[int], n: int, seed: int) -> list[Completion]:
             nonlocal first
             server, first = first, None
-            return await self.pool.complete(server, with_prompt(self.template, prompt, n, seed))
+            # A repetition on a server that lags would make the group older than the gate has reckoned with.
+            return await self.pool.complete(server, with_prompt(self.template, prompt, n, seed), at_least=version)
 
         seed = random.Random(f"{self.spec.seed}/{group_id}").getrandbits(62)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from outrider.collector.client import Refused, ServerLost
 from outrider.collector.pool import Server
 from outrider.collector.preflight import Expected, check_server
+from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.manifest import Manifest
 
@@ -103,7 +104,7 @@ class Keeper:
 
     async def _probe(self) -> None:
         """Raises ServerLost when the server is gone, or holds other weights than it was given: it was restarted."""
-        info = await self.server.client.info()
+        info = await self._look()
         manifest = self.newest()
         if manifest is not None and (info.run_id, info.version) != (manifest.run_id, self.server.version):
             raise ServerLost(
@@ -114,6 +115,14 @@ class Keeper:
             self.notice(f"server {self.server.url} " + ("is draining" if info.draining else "takes requests again"))
         self.server.info = info
         self.changed()
+
+    async def _look(self) -> ServerInfo:
+        """Who answers there. Raises ServerLost when nobody does, or only a server whose engine has stopped."""
+        try:
+            await self.server.client.health()
+        except Refused as error:
+            raise ServerLost(f"{self.server.url} is not healthy: {error}") from error
+        return await self.server.client.info()
 
     async def _lose(self, reason: str) -> None:
         self.server.alive, self.server.version = False, -1
@@ -127,7 +136,7 @@ class Keeper:
         since, complaint = time.monotonic(), ""
         while True:
             try:
-                info = await self.server.client.info()
+                info = await self._look()
                 check_server(self.server.url, info, self.expected)
                 break
             except ServerLost:
@@ -144,11 +153,12 @@ class Keeper:
 
 
 async def watch_pool(servers: Sequence[Server], timeout: float) -> None:
-    """Raises UserError when no server has been up for ``timeout`` seconds (--vllm_server_timeout)."""
+    """Raises UserError when no server has been up, and taking requests, for ``timeout`` seconds
+    (--vllm_server_timeout)."""
     seen = time.monotonic()
     while True:
         await asyncio.sleep(0.5)
-        if any(server.alive for server in servers):
+        if any(server.alive and not server.draining for server in servers):
             seen = time.monotonic()
         elif time.monotonic() - seen > timeout:
             urls = ", ".join(server.url for server in servers)

@@ -6,9 +6,10 @@ are replayed with the same rollouts, finished groups that had not been trained a
 started anew. Group g asks row ``Order.row(g)`` of the dataset, so the largest id is the data cursor.
 """
 
+import contextlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,17 @@ class Backlog(msgspec.Struct):
 
 
 class Ledger:
-    """Writes on a thread of its own, so that a slow disk never holds up a rollout."""
+    """Writes on a thread of its own, so that a slow disk never holds up a rollout.
+
+    Once a write has failed, all later ones fail as it did: who waits for any of them hears of it.
+    """
 
     def __init__(self, path: Path, facts: dict[str, str], resume: bool) -> None:
         """facts: what must be the same for a run to go on (dataset, group size...). Raises UserError when the file
         is of another run, cannot be written, or is in the way of a new run."""
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._broken: UserError | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = self._thread.submit(_open, path).result()
@@ -119,14 +124,18 @@ class Ledger:
 
     def _submit(self, write: Any) -> "Future[Any]":
         def transaction() -> None:
+            if self._broken is not None:
+                raise self._broken
             try:
                 with self._db:
                     write()
             except sqlite3.Error as error:
-                raise UserError(
+                # Remembered: a group that is missing must not go unnoticed because there is space for its step.
+                self._broken = UserError(
                     f"ledger {self.path}: cannot be written: {error}; free space there, then go on with "
                     "--resume_from_checkpoint auto"
-                ) from error
+                )
+                raise self._broken from error
 
         return self._thread.submit(transaction)
 
@@ -211,9 +220,11 @@ def _read_group(db: sqlite3.Connection, group_id: int, deadline: int, prompt: st
     return group
 
 
-def _read_only(path: Path) -> sqlite3.Connection:
+@contextlib.contextmanager
+def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
     try:
-        return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            yield db
     except sqlite3.Error as error:
         raise UserError(f"ledger {path}: cannot be read: {error}") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from outrider.collector.client import Refused, ServerClient, ServerLost
 from outrider.contract.control import ServerInfo
-from outrider.contract.generation import CompletionChoice, CompletionRequest, append_version
+from outrider.contract.generation import CompletionChoice, CompletionRequest, append_version, version_spans_total
 from outrider.environments.base import Completion
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,10 @@ class RolloutFailed(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """One server. version: of its weights, -1 until it holds any of this run. running: rollouts in flight."""
+    """One server. version: of its weights, -1 until it holds any of this run. running: rollouts in flight.
+
+    lost: a request failed in a way that makes one doubt that the server is up; its keeper looks and clears this.
+    """
 
     client: ServerClient
     info: ServerInfo | None = None
@@ -43,8 +46,13 @@ class Server:
 
     @property
     def ready(self) -> bool:
-        """Alive, not draining, and holding weights of this run."""
-        return self.alive and self.version >= 0 and not (self.info and self.info.draining)
+        """Up, taking requests, and holding weights of this run."""
+        return self.alive and not self.lost.is_set() and self.version >= 0 and not self.draining
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new requests, as far as its keeper knows."""
+        return self.info is not None and self.info.draining
 
     @property
     def load(self) -> float:
@@ -71,31 +79,46 @@ class Server:
 class Pool:
     """Chooses servers and repeats what failed, on another one where there is another one."""
 
-    def __init__(self, servers: list[Server], run_id: str, tries: int, changed: Callable[[], None]) -> None:
-        """tries: of one request. changed: called when a server may take more work than before."""
+    def __init__(
+        self,
+        servers: list[Server],
+        run_id: str,
+        tries: int,
+        changed: Callable[[], None],
+        decode: Callable[[list[int]], str],
+    ) -> None:
+        """tries: of one request. changed: called when a server may take more work than before. decode: the text of
+        token ids, as the servers make it."""
         self.servers, self.run_id, self.tries = servers, run_id, tries
-        self._changed = changed
+        self._changed, self._decode = changed, decode
 
     def free_servers(self) -> list[Server]:
         """Servers that can take a group now, least loaded first, newest version first among equals."""
         ready = [server for server in self.servers if server.ready and server.running < server.limit]
         return sorted(ready, key=lambda server: (server.load, -server.version))
 
-    async def complete(self, first: Server | None, request: CompletionRequest) -> list[Completion]:
+    async def complete(self, first: Server | None, request: CompletionRequest, at_least: int = 0) -> list[Completion]:
         """The request's ``n`` completions, from server ``first`` if it stays up. The caller has occupied ``first``
-        for them; None takes the least loaded server.
+        for them; None takes the least loaded server. at_least: oldest version that a repetition may be sampled with.
 
         Completions that a draining server cut off go on elsewhere from the tokens there are. Raises RolloutFailed
         when the request is refused for what it is, or when its tries are used up.
         """
-        choices, server = await self._ask(first, request)
+        choices, server = await self._ask(first, request, at_least)
         completions = [_completion(choice, server) for choice in choices]
-        for index, completion in enumerate(completions):
-            if completion.finish_reason == "abort":
-                await self._go_on(completion, request, index)
+        rests = [
+            asyncio.create_task(self._go_on(completion, request, index, at_least))
+            for index, completion in enumerate(completions)
+            if completion.finish_reason == "abort"
+        ]
+        try:
+            await asyncio.gather(*rests)
+        finally:
+            for rest in rests:  # when one cannot be had, the others are not needed
+                rest.cancel()
         return completions
 
-    async def _go_on(self, completion: Completion, request: CompletionRequest, index: int) -> None:
+    async def _go_on(self, completion: Completion, request: CompletionRequest, index: int, at_least: int) -> None:
         """Sample the rest of a completion that was cut off, in place."""
         assert isinstance(request.prompt, list)
         for attempt in range(self.tries + 1):
@@ -115,24 +138,30 @@ class Pool:
                 logprobs=0,
                 return_token_ids=True,
             )
-            [choice], server = await self._ask(None, rest)
+            [choice], server = await self._ask(None, rest, at_least)
             more = _completion(choice, server)
             completion.tokens += more.tokens
             completion.logprobs += more.logprobs
             for version, count in more.versions:
                 append_version(completion.versions, version, count)
-            completion.text += more.text
+            # Not the sum of two texts: a character or a space may lie across the cut.
+            completion.text = self._decode(completion.tokens)
             completion.finish_reason, completion.server = more.finish_reason, more.server
         raise RolloutFailed(f"cut off {self.tries + 1} times by draining servers")
 
-    async def _ask(self, first: Server | None, request: CompletionRequest) -> tuple[list[CompletionChoice], Server]:
+    async def _ask(
+        self, first: Server | None, request: CompletionRequest, at_least: int
+    ) -> tuple[list[CompletionChoice], Server]:
         pause, server = BACKOFF[0], first
         for attempt in range(self.tries + 1):
             if server is None:
-                server = await self._next_server()
+                server = await self._next_server(at_least)
                 server.occupy(request.n)
             try:
-                return (await server.client.complete(request, self.run_id)).choices, server
+                choices = (await server.client.complete(request, self.run_id)).choices
+                if len(choices) != request.n:
+                    raise RolloutFailed(f"{server.url} sent {len(choices)} completions where {request.n} were asked")
+                return choices, server
             except ServerLost as error:
                 problem = str(error)
                 server.lost.set()
@@ -140,8 +169,8 @@ class Pool:
                 problem = f"{server.url}: {error}"
                 if not error.retryable:
                     raise RolloutFailed(problem) from error
-                if error.status == 409:
-                    # It does not hold this run's weights: restarted, or taken over. Its keeper finds out.
+                if error.status in (409, 503):
+                    # Restarted, taken over by another run, draining or broken: its keeper finds out.
                     server.lost.set()
             finally:
                 server.vacate(request.n)
@@ -152,11 +181,11 @@ class Pool:
             pause = min(2 * pause, BACKOFF[1])
         raise RolloutFailed(f"given up after {self.tries + 1} tries; last: {problem}")
 
-    async def _next_server(self) -> Server:
-        """The least loaded server that is up. Whether to wait for ever is for the keepers to say: they end the run
-        when no server has been up for --vllm_server_timeout."""
+    async def _next_server(self, at_least: int) -> Server:
+        """The least loaded server that is up and holds ``at_least`` this version. Whether to wait for ever is for
+        ``watch_pool`` to say: it ends the run when no server has been up for --vllm_server_timeout."""
         while True:
-            ready = [server for server in self.servers if server.ready and not server.lost.is_set()]
+            ready = [server for server in self.servers if server.ready and server.version >= at_least]
             if ready:
                 return min(ready, key=lambda server: server.load)
             await asyncio.sleep(0.1)
@@ -169,6 +198,9 @@ def _completion(choice: CompletionChoice, server: Server) -> Completion:
     versions = choice.weight_versions
     if tokens is None or logprobs is None or versions is None:
         raise RolloutFailed(f"{server.url} left out token ids, log-probabilities or versions")
-    if not len(tokens) == len(logprobs) == sum(count for _, count in versions):
-        raise RolloutFailed(f"{server.url} sent {len(tokens)} tokens with {len(logprobs)} log-probabilities")
+    if not len(tokens) == len(logprobs) == version_spans_total(versions):
+        raise RolloutFailed(
+            f"{server.url} sent {len(tokens)} tokens with {len(logprobs)} log-probabilities and "
+            f"{version_spans_total(versions)} versions"
+        )
     return Completion(tokens, logprobs, list(versions), choice.text, choice.finish_reason, server.url)

@@ -117,12 +117,15 @@ class CollectorProcess:
             self.send(Failure(message=f"collector: {type(error).__name__}: {error}"))
             return 1
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._end_tasks()
             versions.close(linger=0)
             self.socket.close()
             context.term()
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def send(self, message: FromCollector) -> None:
         """Hand a message to the trainer; never waits."""
@@ -143,7 +146,11 @@ class CollectorProcess:
         self.closers.callback(rewards.close)
         servers = await self._reach_servers(spec, expected, key)
         train, held_out = prompt_sets(spec, tokenizer, sources, [s.info for s in servers if s.info is not None])
-        pool = Pool(servers, spec.run_id, spec.staleness.request_retries, self._changed)
+
+        def decode(tokens: list[int]) -> str:
+            return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+        pool = Pool(servers, spec.run_id, spec.staleness.request_retries, self._changed, decode)
         ledger = Ledger(Path(spec.ledger), ledger_facts(spec, train), resume=spec.resume)
         self.closers.callback(ledger.close)
         environment, template = SingleTurn(), sampling_template(spec)
@@ -162,6 +169,8 @@ class CollectorProcess:
         self._spawn(watch_pool(servers, spec.servers.vllm_server_timeout))
         segment_url = await self._serve_segments(spec, servers, key)
         self.send(ready(servers, train, held_out, segment_url))
+        # Last in, first out: nothing is still at work when what it works with is closed.
+        self.closers.push_async_callback(self._end_tasks)
         await self._converse(self.collector, evaluation)
 
     async def _reach_servers(self, spec: CollectorSpec, expected: Expected, key: str) -> list[Server]:

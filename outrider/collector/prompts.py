@@ -93,7 +93,7 @@ class PromptSet:
         options = {} if self.data.enable_thinking is None else {"enable_thinking": self.data.enable_thinking}
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        except ValueError as error:
+        except Exception as error:  # a template is a program of the model's author
             raise UserError(f"row {row} of the dataset: the tokenizer's chat template refuses it: {error}") from error
         return text, list(self.tokenizer.encode(text, add_special_tokens=False))
 

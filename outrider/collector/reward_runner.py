@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from concurrent.futures import TimeoutError as FutureTimeout
 from multiprocessing import get_context
 from typing import Any, cast
@@ -14,24 +14,48 @@ from outrider.environments.base import Rollout
 from outrider.rewards.loading import Reward, load_reward
 from outrider.rewards.settings import RewardSettings
 
-#: Seconds a reward process may take to start and import its functions, on top of the first call's own time.
-START_ALLOWANCE = 60.0
-
 
 class RewardFailed(Exception):
     """A reward function raised, hung, died or returned something else than one number (or None) a completion."""
 
 
-#: The reward functions of a worker process, by their place on the command line.
+#: The reward functions of a worker process, by their place on the command line; or why there are none.
 _loaded: list[Reward] = []
+_load_problem = ""
 
 
 def _load(specs: Sequence[str], settings: RewardSettings, plugins: Sequence[str]) -> None:
-    _loaded.extend(load_reward(spec, settings, list(plugins)) for spec in specs)
+    """Prepare a worker. Raises nothing: a worker that cannot start would be started again for ever, unheard."""
+    global _load_problem
+    try:
+        _loaded.extend(load_reward(spec, settings, list(plugins)) for spec in specs)
+    except BaseException as error:  # noqa: BLE001
+        _load_problem = f"it cannot be loaded in a process of its own: {error}"
 
 
-def _call(index: int, completions: list[str], columns: dict[str, list[Any]]) -> Any:
-    return _loaded[index].function(completions, **columns)
+def _call(index: int, name: str, completions: list[str], columns: dict[str, list[Any]]) -> list[float | None] | str:
+    """The rewards, or in words why there are none: a user's exception or object need not survive the way back, and
+    one that does not breaks the pool for good."""
+    if _load_problem:
+        return f"reward {name}: {_load_problem}"
+    try:
+        return check_rewards(name, _loaded[index].function(completions, **columns), len(completions))
+    except RewardFailed as error:
+        return str(error)
+    except BaseException as error:  # noqa: BLE001 - sys.exit() in a reward costs its group, too
+        return _raised(name, error)
+
+
+async def _await(call: Awaitable[Any]) -> Any:
+    """Await a user's coroutine; its sys.exit() is not to end the event loop."""
+    try:
+        return await call
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+
+
+def _raised(name: str, error: BaseException) -> str:
+    return f"reward {name} raised {type(error).__name__}: {error}"
 
 
 def _nothing() -> None:
@@ -60,7 +84,6 @@ class RewardRunner:
             )
             for _ in range(workers):
                 self._pool.schedule(_nothing)
-        self._warm_until = time.monotonic() + START_ALLOWANCE
 
     async def score(self, rollouts: Sequence[Rollout], prompt: str, columns: Mapping[str, Any]) -> list[list[Any]]:
         """One list of rewards for each function, one entry a rollout: float or None. Raises RewardFailed."""
@@ -81,21 +104,24 @@ class RewardRunner:
         try:
             if reward.is_async:
                 function = cast(Callable[..., Awaitable[Any]], reward.function)
-                result = await asyncio.wait_for(function(completions, **columns), self.timeout)
-            else:
-                assert self._pool is not None
-                allowed = self.timeout + max(0.0, self._warm_until - time.monotonic())
-                future = self._pool.schedule(_call, args=(index, completions, columns), timeout=allowed)
-                result = await asyncio.wrap_future(future)
-                self._warm_until = 0.0
+                result = await asyncio.wait_for(_await(function(completions, **columns)), self.timeout)
+                return check_rewards(name, result, len(completions))
+            assert self._pool is not None
+            # The time counts from when a worker takes the call, so neither its start nor the queue goes into it.
+            future = self._pool.schedule(_call, args=(index, name, completions, columns), timeout=self.timeout)
+            outcome = await asyncio.wrap_future(future)
+        except RewardFailed:
+            raise
         except (TimeoutError, FutureTimeout) as error:
             raise RewardFailed(f"reward {name}: no result within --reward_timeout {self.timeout:g} s") from error
         except ProcessExpired as error:
             raise RewardFailed(f"reward {name}: its process died with exit code {error.exitcode}") from error
         except Exception as error:
             # Whatever a user's function raises costs its group and not the run.
-            raise RewardFailed(f"reward {name} raised {type(error).__name__}: {error}") from error
-        return check_rewards(name, result, len(completions))
+            raise RewardFailed(_raised(name, error)) from error
+        if isinstance(outcome, str):
+            raise RewardFailed(outcome)
+        return outcome
 
     def close(self) -> None:
         """End the worker processes."""
@@ -106,15 +132,19 @@ class RewardRunner:
 
 def check_rewards(name: str, result: Any, count: int) -> list[float | None]:
     """What a function returned, as floats and Nones. Raises RewardFailed for a wrong type, length or value."""
-    if isinstance(result, str) or not hasattr(result, "__len__"):
+    if isinstance(result, str | bytes | Mapping | Set) or not isinstance(result, Collection):
         raise RewardFailed(f"reward {name} returned {type(result).__name__}; a list of {count} numbers is needed")
-    if len(result) != count:
-        raise RewardFailed(f"reward {name} returned {len(result)} rewards for {count} completions")
+    try:
+        values = list(result)
+    except TypeError as error:  # an array without dimensions
+        raise RewardFailed(f"reward {name} returned {result!r}; a list of {count} numbers is needed") from error
+    if len(values) != count:
+        raise RewardFailed(f"reward {name} returned {len(values)} rewards for {count} completions")
     checked: list[float | None] = []
-    for value in result:
+    for value in values:
         try:
             number = None if value is None else float(value)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # float() of a user's object raises what that object likes
             raise RewardFailed(f"reward {name} returned {value!r}, which is neither a number nor None") from error
         if number is not None and number in (float("inf"), float("-inf")):
             raise RewardFailed(f"reward {name} returned {number}")

@@ -90,8 +90,11 @@ class Batch(msgspec.Struct, kw_only=True, tag="batch"):
     stats: BatchStats
 
 
-class EvalResult(msgspec.Struct, kw_only=True, tag="evaluation"):
-    """Held-out results. Tokens of the evaluation were sampled with versions ``version_min`` to ``version_max``."""
+class EvalFigures(msgspec.Struct, kw_only=True):
+    """Held-out results after ``step``, whose tokens were sampled with versions ``version_min`` to ``version_max``.
+
+    count: completions scored; failed: prompts that could not be; reward: weighted mean; seconds: it took.
+    """
 
     step: int
     version_min: int
@@ -102,7 +105,6 @@ class EvalResult(msgspec.Struct, kw_only=True, tag="evaluation"):
     reward: float
     completion_length: float
     seconds: float
-    examples: list["EvalExample"]
 
 
 class EvalExample(msgspec.Struct, kw_only=True):
@@ -111,6 +113,12 @@ class EvalExample(msgspec.Struct, kw_only=True):
     prompt: str
     completion: str
     reward: float
+
+
+class EvalResult(EvalFigures, kw_only=True, tag="evaluation"):
+    """The answer to an ``EvaluateRequest``."""
+
+    examples: list[EvalExample]
 
 
 class Ready(msgspec.Struct, kw_only=True, tag="ready"):

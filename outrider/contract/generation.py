@@ -20,7 +20,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     max_tokens: Annotated[int, Meta(ge=1)] = 16
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1)] = -1
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stop_token_ids: tuple[int, ...] = ()
 
@@ -28,10 +28,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
 class CompletionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Body of ``POST /v1/completions``.
 
-    prompt: text or token ids. n: completions wanted of the one prompt; choice ``i`` of a seeded request
-    draws from a stream of its own, so asking for ``n`` at once or one by one with the derived seeds is the same.
-    logprobs: 0 or null for the log-probability of each sampled token only. return_token_ids: put the token ids
-    and versions into the choices. request_id: names the request in logs and in ``/outrider`` aborts.
+    prompt: text or token ids. n: completions wanted of the one prompt; choice ``i`` of a seeded request draws from
+    a stream of its own, which depends on the seed and on ``i`` alone: asking for more choices, or beside other
+    requests, does not change it. logprobs: 0 for the log-probability of each sampled token, null for none.
+    return_token_ids: put the token ids and versions into the choices. request_id: the ``id`` of the answer.
     """
 
     prompt: str | list[int]
@@ -39,7 +39,7 @@ class CompletionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     max_tokens: Annotated[int, Meta(ge=1)] = 16
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1)] = -1
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
     n: Annotated[int, Meta(ge=1, le=1024)] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stop_token_ids: tuple[int, ...] = ()

@@ -65,13 +65,18 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     names = [tensor.name for tensor in manifest.tensors]
     if len(set(names)) != len(names):
         faults.append("a tensor is listed twice")
+    faults += [f"segment {s.path}: its length {s.length} is negative" for s in manifest.segments if s.length < 0]
     for tensor in manifest.tensors:
+        if any(size < 0 for size in tensor.shape):
+            faults.append(f"tensor {tensor.name!r}: its shape {list(tensor.shape)} has a negative size")
         held = sum(piece.length for piece in tensor.pieces)
         if held != tensor.nbytes:
             faults.append(f"tensor {tensor.name!r}: its pieces hold {held} bytes, its shape needs {tensor.nbytes}")
         for piece in tensor.pieces:
             if not 0 <= piece.segment < len(manifest.segments):
                 faults.append(f"tensor {tensor.name!r}: segment {piece.segment} does not exist")
-            elif piece.offset < 0 or piece.offset + piece.length > manifest.segments[piece.segment].length:
+            elif piece.offset < 0 or piece.length < 0:
+                faults.append(f"tensor {tensor.name!r}: a piece of {piece.length} bytes at offset {piece.offset}")
+            elif piece.offset + piece.length > manifest.segments[piece.segment].length:
                 faults.append(f"tensor {tensor.name!r}: a piece ends beyond its segment")
     return faults

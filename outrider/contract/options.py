@@ -4,9 +4,12 @@ A section is a ``msgspec.Struct`` whose fields are ``Annotated[type, option("hel
 configuration file and ``--help`` are all derived from it, and :func:`msgspec.convert` checks types and bounds.
 """
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+
+#: Precision of a model; what ``auto`` means is for whoever loads it to say.
+DTypeChoice: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 #: For optional fields, whose bounds have to stand inside the union.
 PositiveInt: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]

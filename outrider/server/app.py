@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -82,12 +83,13 @@ class ServerApp:
         return _json(ModelList(data=[ModelCard(id=self.served_name, max_model_len=self.engine.info().max_model_len)]))
 
     async def completions(self, request: Request) -> Response:
+        body = await _body(request, CompletionRequest)
+        # Only now: the server may have changed while the body was arriving.
         if self.draining:
             raise Unavailable("this server is draining and takes no new requests; use another one")
         wanted, serving = request.headers.get(routes.RUN_HEADER), self.engine.status().run_id
         if wanted is not None and wanted != serving:
             raise Conflict(f"weights of run {wanted!r} are asked for, those of run {serving!r} are in use here")
-        body = await _body(request, CompletionRequest)
         if body.model is not None and body.model != self.served_name:
             raise InvalidRequest(f"model: {body.model!r} is not served here, {self.served_name!r} is", "model")
         prompt = self.engine.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
@@ -159,11 +161,19 @@ async def _body(request: Request, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$.")
-        field = path.rstrip("`") or None
+        problem, field = _offender(str(error))
         raise InvalidRequest(f"{field}: {problem}" if field else problem, field) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
+
+
+def _offender(message: str) -> tuple[str, str | None]:
+    """What is wrong, and with which field, in msgspec's words: the path names only the object around a field that is
+    unknown or missing."""
+    problem, _, path = message.partition(" - at `$.")
+    around = path.rstrip("`")
+    named = re.search(r"(?:unknown|required) field `([^`]*)`", problem)
+    return problem, ".".join(part for part in (around, named[1] if named else "") if part) or None
 
 
 def _answering(handler: Handler) -> Handler:

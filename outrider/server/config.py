@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from outrider.contract.options import PositiveInt, Section, option
+from outrider.contract.options import DTypeChoice, PositiveInt, Section, option
 
 EngineChoice = Literal["auto", "torch", "vllm"]
-DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class RolloutConfig(Section):

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from outrider.contract.options import PositiveInt, Section, option
-from outrider.server.config import DTypeChoice
+from outrider.contract.options import DTypeChoice, PositiveInt, Section, option
 
 CorrectionMode = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 

@@ -1,7 +1,7 @@
 """One training run: from the preflight to the final export."""
 
+import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,36 +10,27 @@ from transformers.utils import logging as transformers_logging
 
 from outrider.algorithm.losses import LossSpec
 from outrider.contract.errors import UserError
-from outrider.contract.feed import Batch, Begin, EvalResult, Ready
+from outrider.contract.feed import Begin, EvalResult, Ready
 from outrider.observe.metrics import MetricsWriter, read_metrics
 from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.reporters import Reporters, make_reporters
-from outrider.trainer.checkpoint import (
-    SaveFailed,
-    TrainerState,
-    find_checkpoint,
-    load_optimizer,
-    load_state,
-    save_checkpoint,
-    write_directory,
-    write_model,
-)
+from outrider.trainer.checkpoint import SaveFailed, find_checkpoint, load_optimizer, load_state
 from outrider.trainer.finish import finish_run
 from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import learning_rate, make_optimizer
+from outrider.trainer.recording import StepTimes, eval_record, step_record
+from outrider.trainer.saving import Saver, patiently
 from outrider.trainer.spec import TrainerSpec
-from outrider.trainer.step import StepComputer, StepOutcome
+from outrider.trainer.step import StepComputer
 from outrider.trainer.summary import RunEnd
 from outrider.weights.publish import Publisher
 from outrider.weights.segments import remove_stale_segments
 
 #: Seconds for servers to hold a version and answer all held-out prompts.
 EVALUATION_DEADLINE = 3600.0
-#: Seconds within which the final export is tried again when it fails, on a full disk say.
-EXPORT_PATIENCE = 300.0
 
 
 def train(spec: TrainerSpec, collector: bytes) -> int:
@@ -82,7 +73,6 @@ class Trainer:
         )
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         self.publisher: Publisher | None = None
-        self.saved_step = -1
         self.started: float | None = None
         self.ended_last = 0.0
         self.evaluations: list[EvalResult] = []
@@ -104,6 +94,7 @@ class Trainer:
         if spec.loss.beta > 0:
             reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
         self.optimizer = make_optimizer(self.policy.model, spec.optimizer)
+        self.saver = Saver(self.output_dir, self.policy, self.optimizer, spec.model.model, spec.run)
         self.computer = StepComputer(
             self.policy,
             reference,
@@ -117,7 +108,7 @@ class Trainer:
         if checkpoint is not None:
             state = load_state(checkpoint, self.policy.fingerprint)
             load_optimizer(checkpoint, self.optimizer)
-            self.step, self.saved_step, self.time_before = state.step, state.step, state.time
+            self.step, self.saver.saved_step, self.time_before = state.step, state.step, state.time
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
         self.ready = self.link.ready(deadline=24 * 3600.0)
         self.max_steps = planned_steps(spec, self.ready)
@@ -172,7 +163,8 @@ class Trainer:
             return self.stopped_by_user()
         if evaluates:
             self._evaluate_now()
-        self._export()
+        self._save_last(seconds)
+        patiently(self.saver.export, "the final model", self.panel.notice, lambda: self.interrupt.requested)
         self._write_end(seconds, finished=True)
         return 0
 
@@ -196,19 +188,14 @@ class Trainer:
             self.panel.phase("saving")
             self._save()
         now = time.monotonic()
-        record = step_record(
-            batch,
-            outcome,
-            step=self.step,
-            max_steps=self.max_steps,
-            time=self._elapsed(),
-            seconds=now - self.ended_last,
+        times = StepTimes(
+            whole=now - self.ended_last,
             wait=got - started,
             train=trained - got - publish_wait,
             publish_wait=publish_wait,
             save=now - trained,
-            rate=rate,
         )
+        record = step_record(batch.stats, outcome, times, self.step, self.max_steps, self._elapsed(), rate)
         self.ended_last = now
         self._record(record)
         for result in self.link.arrived_evaluations():
@@ -261,76 +248,37 @@ class Trainer:
 
     def _record_evaluation(self, result: EvalResult) -> None:
         self.evaluations.append(result)
-        record = EvalRecord(
-            step=result.step,
-            time=self._elapsed(),
-            version_min=result.version_min,
-            version_max=result.version_max,
-            reward=result.reward,
-            rewards=result.rewards,
-            count=result.count,
-            failed=result.failed,
-            completion_length=result.completion_length,
-            seconds=result.seconds,
-        )
+        record = eval_record(result, self._elapsed())
         self._log(record)
         self.panel.evaluation(record)
 
-    def _save(self) -> bool:
+    def _save(self) -> None:
         """Save a checkpoint. A failure is told and costs the checkpoint, not the run."""
-        state = TrainerState(
-            step=self.step,
-            max_steps=self.max_steps,
-            time=self._elapsed(),
-            model_fingerprint=self.policy.fingerprint,
-        )
-        run = self.spec.run
-        optimizer = None if run.save_only_model else self.optimizer
         try:
-            save_checkpoint(
-                self.output_dir, state, self.policy.model, self.spec.model.model, optimizer, run.save_total_limit
-            )
+            self.saver.checkpoint(self.step, self.max_steps, self._elapsed())
         except SaveFailed as error:
             self.panel.notice(f"checkpoint not saved: {error}; training goes on")
-            return False
-        self.saved_step = self.step
-        return True
 
-    def _export(self) -> None:
-        """Write the final model. Raises UserError when that fails for ``EXPORT_PATIENCE`` seconds."""
+    def _save_last(self, seconds: float) -> None:
+        """Save the state at the end of the run, however it ends. Raises UserError."""
         self.panel.phase("saving")
-
-        def write(directory: Path) -> None:
-            write_model(directory, self.policy.model, self.spec.model.model)
-
-        self._patiently(lambda: write_directory(self.output_dir / "final", write), "the final model")
-
-    def _patiently(self, save: Callable[[], object], what: str) -> None:
-        """Save, waiting for space where there is none: the result of the run is in memory alone."""
-        until = time.monotonic() + EXPORT_PATIENCE
-        while True:
-            try:
-                save()
-                return
-            except SaveFailed as error:
-                if time.monotonic() > until or self.interrupt.requested:
-                    raise UserError(f"{what} could not be saved: {error}") from error
-                self.panel.notice(f"{what} could not be saved: {error}; trying again for {EXPORT_PATIENCE:g} s")
-                time.sleep(5.0)
+        if self.saver.saved_step != self.step:
+            save = functools.partial(self.saver.checkpoint, self.step, self.max_steps, seconds)
+            patiently(save, "the last checkpoint", self.panel.notice, lambda: self.interrupt.requested)
 
     def stopped_by_user(self) -> int:
         """Save what there is, and say how to go on. Returns the exit status."""
+        if self.started is None:
+            print("stopped before the first step", flush=True)
+            return 130
         seconds = self._elapsed()
-        if self.started is not None and self.saved_step != self.step and not self._save():
-            return 1
-        self.panel.stop()
+        self._save_last(seconds)
+        self._write_end(seconds, finished=False)
         print(
             f"stopped after step {self.step} of {self.max_steps}; go on with the same command and "
             "--resume_from_checkpoint auto",
             flush=True,
         )
-        if self.started is not None:
-            self._write_end(seconds, finished=False)
         return 130
 
     def _write_end(self, seconds: float, finished: bool) -> None:
@@ -382,61 +330,3 @@ def planned_steps(spec: TrainerSpec, ready: Ready) -> int:
     if spec.batch.max_steps > 0:
         return spec.batch.max_steps
     return max(1, int(spec.batch.num_train_epochs * ready.prompts // spec.groups_per_batch))
-
-
-def step_record(
-    batch: Batch,
-    outcome: StepOutcome,
-    *,
-    step: int,
-    max_steps: int,
-    time: float,
-    seconds: float,
-    wait: float,
-    train: float,
-    publish_wait: float,
-    save: float,
-    rate: float,
-) -> StepRecord:
-    """The row of ``metrics.jsonl`` for one step. seconds: since the end of the step before."""
-    stats = batch.stats
-    return StepRecord(
-        step=step,
-        max_steps=max_steps,
-        time=time,
-        seconds=seconds,
-        wait_seconds=wait,
-        train_seconds=train,
-        publish_wait_seconds=publish_wait,
-        save_seconds=save,
-        trainer_idle_share=min(1.0, wait / max(seconds, 1e-9)),
-        generation_idle_share=stats.generation_idle_share,
-        loss=outcome.loss,
-        grad_norm=outcome.grad_norm,
-        learning_rate=rate,
-        reward=stats.reward,
-        reward_std=stats.reward_std,
-        rewards=stats.rewards,
-        completion_length=stats.completion_length,
-        completion_length_max=stats.completion_length_max,
-        truncated_share=stats.truncated_share,
-        staleness_mean=stats.staleness_mean,
-        staleness_max=stats.staleness_max,
-        clip_low_share=outcome.clip_low_share,
-        clip_high_share=outcome.clip_high_share,
-        kl=outcome.kl,
-        logprob_gap=outcome.logprob_gap,
-        logprob_gap_max=outcome.logprob_gap_max,
-        correction_mean=outcome.correction_mean,
-        groups=stats.groups,
-        groups_zero_variance=stats.groups_zero_variance,
-        groups_failed=stats.groups_failed,
-        groups_stale=stats.groups_stale,
-        prompts_rejected=stats.prompts_rejected,
-        tokens_trained=outcome.tokens,
-        tokens_per_second=stats.rollout_tokens / max(seconds, 1e-9),
-        reward_seconds=stats.reward_seconds,
-        stage_seconds=stats.stage_seconds,
-        commit_seconds=stats.commit_seconds,
-        epoch=stats.epoch,
-    )

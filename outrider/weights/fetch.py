@@ -4,7 +4,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from urllib.error import URLError
+from http.client import HTTPException
 from urllib.request import Request, urlopen
 
 import torch
@@ -46,6 +46,8 @@ def _fetch_tensor(entry: TensorEntry, target: Tensor, readers: list[Reader]) -> 
     buffer = memoryview(landing.reshape(-1).view(torch.uint8).numpy().data)
     start = 0
     for piece in entry.pieces:
+        if piece.length == 0:  # of a rank that holds no rows of this tensor
+            continue
         part = buffer[start : start + piece.length]
         readers[piece.segment](piece.offset, piece.length, part)
         _check(entry, piece, part)
@@ -70,7 +72,7 @@ def _reader(segment: Segment, key: str) -> Reader:
     if _shares_memory(segment):
         return _memory_reader(segment)
     if segment.url is None:
-        raise FetchError(f"segment {segment.path} lies on another host, and its manifest gives no URL for it")
+        raise FetchError(f"segment {segment.path} is not on this host (any more), and the manifest gives no URL for it")
     return _http_reader(segment.url, key)
 
 
@@ -78,7 +80,7 @@ def _memory_reader(segment: Segment) -> Reader:
     try:
         with open(segment.path, "rb") as file:
             mapped = memoryview(mmap.mmap(file.fileno(), segment.length, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise FetchError(f"segment {segment.path}: {error}") from error
 
     def read(offset: int, length: int, target: memoryview) -> None:
@@ -98,7 +100,7 @@ def _http_reader(url: str, key: str) -> Reader:
                     if not count:
                         break
                     received += count
-        except (URLError, OSError) as error:
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: it is no URL
             raise FetchError(f"{url}: {getattr(error, 'reason', error)}") from error
         if received != length:
             raise FetchError(f"{url}: {received} of {length} bytes at offset {offset}")

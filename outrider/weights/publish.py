@@ -1,12 +1,12 @@
 """Publishing: every rank copies its weights into shared memory, off the training thread."""
 
-import contextlib
 import fcntl
 import mmap
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from outrider.contract.errors import UserError
 from outrider.contract.identity import host_identity
 from outrider.contract.manifest import DTYPE_BYTES, DTypeName, Manifest, Piece, Segment, TensorEntry
-from outrider.weights.segments import segment_path
+from outrider.weights.segments import segment_directory, segment_path
 
 #: Versions kept at once: one that servers may be reading, and one being written.
 BUFFERS = 2
@@ -53,8 +53,15 @@ class Publisher:
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
         self._announce = announce
-        self._files: list[BinaryIO] = []
-        self._buffers = [self._create(index, segment_url) for index in range(BUFFERS)]
+        self._files: dict[Path, BinaryIO] = {}
+        try:
+            self._buffers = [self._create(index, segment_url) for index in range(BUFFERS)]
+        except OSError as error:
+            self._remove_files()
+            raise UserError(
+                f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {segment_directory()} "
+                f"({error.strerror}); enlarge it (in containers: --shm-size)"
+            ) from error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pending: Future[Manifest] | None = None
 
@@ -76,10 +83,11 @@ class Publisher:
     def close(self) -> None:
         """Remove the segments."""
         self._pool.shutdown(wait=True)
-        for segment, _, _ in self._buffers:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(segment.path)
-        for file in self._files:
+        self._remove_files()
+
+    def _remove_files(self) -> None:
+        for path, file in self._files.items():
+            path.unlink(missing_ok=True)
             file.close()
 
     @torch.no_grad()
@@ -106,21 +114,13 @@ class Publisher:
 
     def _create(self, index: int, segment_url: str | None) -> tuple[Segment, memoryview, Tensor]:
         path = segment_path(self.run_id, index)
-        try:
-            file = open(path, "x+b", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
-            self._files.append(file)
-            # Held as long as this process lives: how remove_stale_segments knows that the segment is in use.
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Reserves the pages now: a full /dev/shm is an error here and not a bus error later.
-            os.posix_fallocate(file.fileno(), 0, max(self.nbytes, 1))
-            mapped = mmap.mmap(file.fileno(), max(self.nbytes, 1))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise UserError(
-                f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {path.parent} "
-                f"({error.strerror}); enlarge it (in containers: --shm-size)"
-            ) from error
+        file = open(path, "x+b", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+        self._files[path] = file
+        # Held as long as this process lives: how remove_stale_segments knows that the segment is in use.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Reserves the pages now: a full /dev/shm is an error here and not a bus error later.
+        os.posix_fallocate(file.fileno(), 0, max(self.nbytes, 1))
+        mapped = mmap.mmap(file.fileno(), max(self.nbytes, 1))
         url = f"{segment_url}/{path.name}" if segment_url else None
         segment = Segment(host=host_identity(), path=str(path), length=self.nbytes, url=url)
         return segment, memoryview(mapped), torch.frombuffer(mapped, dtype=torch.uint8)

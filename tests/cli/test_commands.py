@@ -3,14 +3,16 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from outrider.cli import main as outrider
 from outrider.cli.rollout import parse_rollout
 from outrider.cli.train import world_size
-from outrider.cli.train_config import Resolved, TrainConfig
+from outrider.collector.config import CollectorSpec
 from outrider.contract.errors import UserError
 from outrider.server.config import RolloutConfig
+from outrider.trainer.spec import TrainerSpec
 
 TRAIN = ["train", "--model", "m", "--dataset", "d.jsonl", "--reward_funcs", "accuracy"]
 
@@ -96,24 +98,33 @@ def test_commands_of_other_rooms(command: str, module: str, installed: Callable[
 
 
 def test_train_trains_and_warns(installed: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    trained: list[tuple[TrainConfig, Resolved]] = []
-    installed("outrider.trainer.run", train=lambda config, resolved: trained.append((config, resolved)) or 0)
+    trained: list[tuple[TrainerSpec, bytes]] = []
+    installed("outrider.trainer.run", train=lambda trainer, collector: trained.append((trainer, collector)) or 0)
     assert outrider.main([*TRAIN, "--max_staleness", "1", "--top_p", "0.8"]) == 0
-    ((config, plan),) = trained
-    assert (config.sampling.top_p, plan.max_staleness) == (0.8, 1)
+    ((trainer, encoded),) = trained
+    collector = msgspec.msgpack.decode(encoded, type=CollectorSpec)
+    assert (collector.sampling.top_p, collector.max_staleness, trainer.max_staleness) == (0.8, 1, 1)
+    assert collector.run_id == trainer.run_id
     assert capsys.readouterr().err.startswith("outrider: warning: --top_p 0.8")
 
 
-def test_only_the_first_process_prints(
-    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    installed("outrider.trainer.run", train=lambda config, resolved: resolved.world_size)
+def test_only_the_first_process_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert outrider.main([*TRAIN, "--max_staleness", "1", "--top_p", "0.8"]) == 2
     assert outrider.main([*TRAIN, "--dry_run"]) == 0
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_several_trainer_processes_are_refused(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed("outrider.trainer.run", train=lambda trainer, collector: pytest.fail("it must not train"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert outrider.main(TRAIN) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message == "outrider: 2 trainer processes: this version trains with one; start it without torchrun"
 
 
 def test_dry_runs_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
 from outrider.cli import swift
 from outrider.cli.rollout import ROLLOUT
 from outrider.cli.swift_flags import ROLLOUT_FLAGS, TRAIN_FLAGS
 from outrider.cli.train_config import TRAIN
+from outrider.collector.config import CollectorSpec
 
 RLHF = "rlhf --rlhf_type grpo --model m --dataset d.jsonl --reward_funcs accuracy --train_type full"
 
@@ -90,9 +92,11 @@ def test_rlhf(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         "--vllm_server_timeout 300 --async_generate true --torch_dtype bfloat16 --learning_rate 1e-6"
     )
     assert run(f"{RLHF} {line}", capsys) == (0, [])
-    config, plan = started
-    assert config.servers.vllm_server_timeout == 300
-    assert (plan.server_urls, plan.max_staleness) == (["http://10.0.0.1:8001"], 1)
+    trainer, encoded = started
+    collector = msgspec.msgpack.decode(encoded, type=CollectorSpec)
+    assert collector.servers.vllm_server_timeout == 300
+    assert collector.server_urls == ["http://10.0.0.1:8001"]
+    assert (trainer.max_staleness, collector.max_staleness) == (1, 1)
 
 
 def test_harmless_flags_are_reported_in_a_line_each(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

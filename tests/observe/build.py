@@ -18,6 +18,7 @@ def make_step(step: int, max_steps: int = 10, **fields: Any) -> StepRecord:
         "prompts_rejected": 0, "tokens_trained": 12000, "tokens_per_second": 6000.0, "reward_seconds": 0.2,
         "stage_seconds": 0.3, "commit_seconds": 0.004, "epoch": 0.1 * step,
     }  # fmt: skip
+    values["rollout_tokens"] = 900
     return StepRecord(step=step, max_steps=max_steps, **{**values, **fields})
 
 

@@ -30,3 +30,24 @@ def save_model(kind: str, directory: Path) -> Path:
     Auto.from_config(CONFIGS[kind], dtype=torch.float32).save_pretrained(directory)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(directory)
     return directory
+
+
+def save_endless_model(directory: Path, seed: int = 0) -> Path:
+    """A random Llama for up to 1024 positions that never ends a text of its own accord, with the demo's tokenizer.
+
+    Dimension 0 of the residual stream is 1 throughout, since no layer writes to it, and the end-of-text token's
+    logit is a large negative multiple of it: requests are in flight for as long as a test wants them to be.
+    """
+    torch.manual_seed(seed)
+    shape = {**_SHAPE, "head_dim": 32, "max_position_embeddings": 1024, "num_hidden_layers": 2}
+    model = Auto.from_config(LlamaConfig(**shape), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[shape["eos_token_id"]] = 0.0
+        model.lm_head.weight[shape["eos_token_id"], 0] = -1000.0
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(directory)
+    return directory

@@ -34,13 +34,13 @@ def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
     return [[source.randrange(3, 99) for _ in range(source.randrange(1, longest))] for _ in range(count)]
 
 
-async def complete(
-    engine: TorchEngine, prompt: list[int], n: int = 1, **sampling: object
-) -> list[CompletionChoice]:
+async def complete(engine: TorchEngine, prompt: list[int], n: int = 1, **sampling: object) -> list[CompletionChoice]:
     return await engine.generate(prompt, SamplingParams(**sampling), n, "test")  # type: ignore[arg-type]
 
 
-def reference_logprobs(model: torch.nn.Module, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:
+def reference_logprobs(
+    model: torch.nn.Module, prompt: list[int], tokens: list[int], temperature: float
+) -> torch.Tensor:
     """Log-probabilities of ``tokens`` by one plain forward pass over the whole sequence."""
     ids = torch.tensor([prompt + tokens])
     with torch.inference_mode():

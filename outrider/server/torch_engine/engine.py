@@ -123,6 +123,8 @@ class TorchEngine:
         finally:
             self._requests.pop(id(request), None)
         self._finished += 1
+        if request.failure:
+            raise Unavailable(request.failure)
         if self._failure and any(choice is not None and choice.finish_reason == "abort" for choice in request.choices):
             raise Unavailable(self._failure)
         return [choice for choice in request.choices if choice is not None]
@@ -184,12 +186,14 @@ class TorchEngine:
                 f"{len(prompt) + sampling.max_tokens} exceed this server's limit of {limit} (--max_model_len)",
                 "max_tokens",
             )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= self._info.vocab_size:
-            wrong = low if low < 0 else high
-            raise InvalidRequest(
-                f"prompt: token id {wrong} is outside the vocabulary, 0 to {self._info.vocab_size - 1}", "prompt"
-            )
+        for field, ids in (("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= self._info.vocab_size:
+                raise InvalidRequest(
+                    f"{field}: token id {low if low < 0 else high} is outside the vocabulary, "
+                    f"0 to {self._info.vocab_size - 1}",
+                    field,
+                )
         allowed = MAX_STOP_TOKENS - len(self.scheduler.default_stops)
         if len(sampling.stop_token_ids) > allowed:
             raise InvalidRequest(
@@ -251,7 +255,13 @@ class TorchEngine:
             slot = sequence.slot
             count = int(self.slots.generated[slot]) if sequence.prefilled else 0
             tokens = self.slots.out_tokens[slot, :count].tolist()
-            logprobs = self.slots.out_logprobs[slot, :count].astype(np.float64).tolist()
+            sampled = self.slots.out_logprobs[slot, :count].astype(np.float64)
+            logprobs = sampled.tolist()
+            if not np.isfinite(sampled).all():
+                sequence.request.failure = (
+                    f"weights of version {self.weights.status.version} give probabilities that are not finite "
+                    "(has the training diverged?)"
+                )
             self.scheduler.forget(sequence)
             self.slots.release(slot, self.cache)
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -10,7 +10,8 @@ from outrider import __version__
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.identity import SPECIAL_TOKENS, host_identity, model_fingerprint, tokenizer_hash
-from outrider.server.config import DTypeChoice, RolloutConfig
+from outrider.contract.options import DTypeChoice
+from outrider.server.config import RolloutConfig
 from outrider.server.torch_engine.attention import ATTENTION_NAME
 from outrider.server.torch_engine.cache import slot_bytes
 from outrider.server.torch_engine.engine import TorchEngine

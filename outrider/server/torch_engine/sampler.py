@@ -8,6 +8,9 @@ from torch import Tensor
 
 from outrider.server.torch_engine.randomness import uniforms
 
+#: Lower ones count as this one, which leaves only the most likely token just the same: dividing by less overflows.
+MIN_TEMPERATURE = 1e-20
+
 
 @dataclass
 class SamplingRows:
@@ -30,7 +33,7 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     """
     device = logits.device
     greedy = rows.temperature == 0.0
-    scale = np.where(greedy, 1.0, rows.temperature).astype(np.float32)
+    scale = np.where(greedy, 1.0, np.maximum(rows.temperature, MIN_TEMPERATURE)).astype(np.float32)
     if (scale != 1.0).any():
         logits = logits / torch.from_numpy(scale).to(device)[:, None]
     if (rows.top_k > 0).any() or (rows.top_p < 1.0).any():
@@ -42,6 +45,8 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1]
     threshold = (draw * total).minimum(total * (1.0 - 2.0**-23))
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
+    # Where the logits are not finite, nothing is found. The engine refuses such log-probabilities when it answers.
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)
     if greedy.any():
         tokens = torch.where(torch.from_numpy(greedy).to(device), logits.argmax(dim=-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

@@ -46,7 +46,8 @@ class Scheduler:
 
     @property
     def waiting_count(self) -> int:
-        return len(self.waiting) + sum(map(len, self._followers.values()))
+        # A copy: this is asked from the event loop, while the engine's thread adds and removes.
+        return len(self.waiting) + sum(map(len, list(self._followers.values())))
 
     def plan(self) -> StepPlan:
         """Admit what fits and share out the step's tokens."""

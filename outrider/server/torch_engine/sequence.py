@@ -58,6 +58,7 @@ class Request:
         self.sampling = sampling
         self.on_done = on_done
         self.choices: list[CompletionChoice | None] = [None] * n
+        self.failure: str | None = None  # why the choices are no good
         self.unfinished = n
         ids = np.asarray(prompt, dtype=np.int64)
         key = ids.tobytes()

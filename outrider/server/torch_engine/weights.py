@@ -1,7 +1,9 @@
 """The weights in use, and the next ones beside them."""
 
+import threading
 import time
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,8 @@ class StagedWeights:
         self.idle: dict[str, Tensor] | None = None
         self.status = WeightStatus(version=0, run_id="", state="idle")
         self._staged_run = ""
+        # A stage must not begin to fill the idle set while a commit is making it the live one.
+        self._swapping = threading.Lock()
 
     def stage(self, manifest: Manifest, key: str) -> WeightStatus:
         """Fetch, verify and convert ``manifest``'s tensors. key: API key for reading pieces from another host.
@@ -32,34 +36,43 @@ class StagedWeights:
         itself, or its bytes cannot be read or do not have their checksums.
         """
         started = time.monotonic()
-        self.status.state, self.status.staged_version, self.status.error = "staging", None, None
+        with self._swapping:
+            self.status.state, self.status.staged_version, self.status.error = "staging", None, None
         try:
             self._check(manifest)
             if self.idle is None:
                 self.idle = {name: torch.empty_like(parameter.data) for name, parameter in self.live.items()}
             fetch_tensors(manifest, self.idle, key)
         except (Conflict, FetchError) as error:
-            self.status.state = "failed"
-            self.status.error = f"version {manifest.version} of run {manifest.run_id} refused: {error}"
-            raise Conflict(self.status.error) from error
+            raise Conflict(self._refused(manifest, error)) from error
+        except Exception as error:  # such as memory that does not suffice
+            self._refused(manifest, error)
+            raise
         self._staged_run = manifest.run_id
         self.status.state, self.status.staged_version = "staged", manifest.version
         self.status.stage_seconds = time.monotonic() - started
-        return self.status
+        return msgspec.structs.replace(self.status)
 
     def commit(self, run_id: str, version: int) -> WeightStatus:
         """Put the staged version to use. Raises Conflict when something else, or nothing, is staged."""
-        if self.status.state != "staged" or (self._staged_run, self.status.staged_version) != (run_id, version):
-            found = f"version {self.status.staged_version}" if self.status.state == "staged" else "nothing"
-            raise Conflict(f"commit of version {version} of run {run_id}: {found} is staged; stage it first")
-        assert self.idle is not None
-        started = time.monotonic()
-        for name, parameter in self.live.items():
-            parameter.data, self.idle[name] = self.idle[name], parameter.data
-        self.status.version, self.status.run_id = version, run_id
-        self.status.state, self.status.staged_version = "idle", None
-        self.status.commit_seconds = time.monotonic() - started
-        return self.status
+        with self._swapping:
+            if self.status.state != "staged" or (self._staged_run, self.status.staged_version) != (run_id, version):
+                staged = f"version {self.status.staged_version} of run {self._staged_run}"
+                found = staged if self.status.state == "staged" else "nothing"
+                raise Conflict(f"commit of version {version} of run {run_id}: {found} is staged; stage it first")
+            assert self.idle is not None
+            started = time.monotonic()
+            for name, parameter in self.live.items():
+                parameter.data, self.idle[name] = self.idle[name], parameter.data
+            self.status.version, self.status.run_id = version, run_id
+            self.status.state, self.status.staged_version = "idle", None
+            self.status.commit_seconds = time.monotonic() - started
+            return msgspec.structs.replace(self.status)
+
+    def _refused(self, manifest: Manifest, error: Exception) -> str:
+        self.status.state = "failed"
+        self.status.error = f"version {manifest.version} of run {manifest.run_id} refused: {error}"
+        return self.status.error
 
     def _check(self, manifest: Manifest) -> None:
         if manifest.model_fingerprint != self.fingerprint:

@@ -1,0 +1,62 @@
+"""From what happened in a step to a row of ``metrics.jsonl``."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from outrider.contract.feed import BatchStats, EvalFigures, EvalResult
+from outrider.observe.records import EvalRecord, StepRecord
+from outrider.trainer.step import StepOutcome
+
+
+@dataclass
+class StepTimes:
+    """Seconds of a step. whole: from the end of the step before; the others are parts of it."""
+
+    whole: float
+    wait: float
+    train: float
+    publish_wait: float
+    save: float
+
+
+def step_record(
+    stats: BatchStats,
+    outcome: StepOutcome,
+    times: StepTimes,
+    step: int,
+    max_steps: int,
+    time: float,
+    rate: float,
+) -> StepRecord:
+    """The row of one optimizer step. time: seconds since the first step began; rate: the learning rate."""
+    whole = max(times.whole, 1e-9)
+    return StepRecord(
+        **msgspec.structs.asdict(stats),
+        step=step,
+        max_steps=max_steps,
+        time=time,
+        seconds=times.whole,
+        wait_seconds=times.wait,
+        train_seconds=times.train,
+        publish_wait_seconds=times.publish_wait,
+        save_seconds=times.save,
+        trainer_idle_share=min(1.0, times.wait / whole),
+        loss=outcome.loss,
+        grad_norm=outcome.grad_norm,
+        learning_rate=rate,
+        clip_low_share=outcome.clip_low_share,
+        clip_high_share=outcome.clip_high_share,
+        kl=outcome.kl,
+        logprob_gap=outcome.logprob_gap,
+        logprob_gap_max=outcome.logprob_gap_max,
+        correction_mean=outcome.correction_mean,
+        tokens_trained=outcome.tokens,
+        tokens_per_second=stats.rollout_tokens / whole,
+    )
+
+
+def eval_record(result: EvalResult, time: float) -> EvalRecord:
+    """The row of one evaluation. time: seconds since the first step began."""
+    figures = {name: getattr(result, name) for name in EvalFigures.__struct_fields__}
+    return EvalRecord(time=time, **figures)
