@@ -2,7 +2,9 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -40,10 +42,27 @@ def start(config: TrainConfig) -> int:
         raise UserError(
             f"{resolved.world_size} trainer processes: this version trains with one; start it without torchrun"
         )
+    prepare_output_dir(Path(config.run.output_dir))
     from outrider.trainer.run import train
 
     trainer, collector = make_specs(config, resolved)
     return train(trainer, msgspec.msgpack.encode(collector))
+
+
+def prepare_output_dir(path: Path) -> None:
+    """Make the run's directory. UserError where it cannot be made or written to, before anything is loaded."""
+    remedy = "choose a directory that you can write to"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--output_dir {path} is a file: {remedy}") from error
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be made ({error.strerror}): {remedy}") from error
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be written to ({error.strerror}): {remedy}") from error
 
 
 def is_first_process(environment: Mapping[str, str]) -> bool:

@@ -1,5 +1,6 @@
 """One server, seen from the collector. Requests about weights have connections of their own."""
 
+import os
 from typing import TypeVar
 
 import aiohttp
@@ -123,7 +124,9 @@ class ServerClient:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.os_error.strerror or str(error.os_error)
+        number = error.os_error.errno or 0
+        # Event loops word it differently; negative numbers are those of name resolution.
+        return os.strerror(number) if number > 0 else error.os_error.strerror or str(error.os_error)
     return str(error) or type(error).__name__
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -48,6 +47,7 @@ from outrider.contract.feed import (
 )
 from outrider.contract.identity import host_identity
 from outrider.contract.keys import client_key
+from outrider.contract.lifetime import die_with_parent
 from outrider.contract.manifest import DTypeName, Manifest
 from outrider.environments.single_turn import SingleTurn
 
@@ -57,7 +57,9 @@ log = logging.getLogger(__name__)
 def main(endpoint: str) -> int:
     """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    _die_with_parent()
+    die_with_parent()
+    if os.getppid() == 1:
+        return 1  # the trainer was gone before the kernel knew whom to watch
     # Ctrl-C reaches the whole terminal group; when to stop is the trainer's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -68,14 +70,6 @@ def main(endpoint: str) -> int:
         runner = asyncio.Runner()
     with runner:
         return runner.run(CollectorProcess(endpoint).run())
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process when the trainer is gone, however it went."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:
-        sys.exit(1)
 
 
 class CollectorProcess:

@@ -1,6 +1,7 @@
 """Prompts: read from files or the hub, rendered, tokenized, and dealt out in an order that a seed fixes."""
 
 import contextlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,10 @@ class PromptSet:
 
     def get(self, row: int) -> Prompt:
         """Render and tokenize one row. Raises OverlongPrompt, or UserError for a prompt of a wrong type."""
-        columns = self.rows[row]
+        try:
+            columns = self.rows[row]
+        except (ValueError, OSError) as error:  # text that is not UTF-8, a file that has gone
+            raise UserError(f"row {row} of the dataset: cannot be read: {error}") from error
         text, tokens = self._render(columns[self.column], row)
         if len(tokens) > self.limit:
             raise OverlongPrompt(f"row {row}: prompt of {len(tokens)} tokens, at most {self.limit} fit")
@@ -152,12 +156,28 @@ def _load_one(source: str, flag: str) -> Any:
         else:
             loaded = load_dataset(source)
     except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{flag} {source}: has no rows") from error
+        reason = _broken_line(path) or str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{flag} {source}: cannot be read: {reason}") from error
     if isinstance(loaded, DatasetDict):
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     assert isinstance(loaded, Dataset)
     return loaded
+
+
+def _broken_line(path: Path) -> str | None:
+    """The first line of a .jsonl file that is not JSON, in words; None for other files and where there is none."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                if line.strip():
+                    return f"line {number} is not JSON ({error}): {line.strip()[:80].decode(errors='replace')}"
+    return None
 
 
 def split_rows(rows: Any, ratio: float, seed: int) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """``outrider demo``: a rollout server and a trainer, as the two processes they are, on a model that ships along."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from outrider.cli.entry import show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import FlagSet, asks_for_help
 from outrider.contract.errors import UserError
+from outrider.contract.lifetime import die_with_parent
 from outrider.contract.options import Section, option
 from outrider.demo.task import problems, write_jsonl
 from outrider.trainer.summary import Summary
@@ -55,7 +57,9 @@ def main(argv: list[str]) -> int:
     write_jsonl(directory / "train.jsonl", problems("train", 7000, config.seed))
     write_jsonl(directory / "heldout.jsonl", problems("heldout", HELD_OUT, config.seed))
     with running_server(config, directory) as port:
-        status = subprocess.run(train_command(config, directory, port), check=False).returncode
+        status = run_trainer(train_command(config, directory, port))
+    if status == 130:
+        return status
     if status != 0:
         print(f"outrider demo: the trainer ended with status {status}; logs are in {directory}", file=sys.stderr)
         return status
@@ -90,9 +94,16 @@ def running_server(config: DemoConfig, directory: Path) -> Iterator[int]:
         *("--host", "127.0.0.1", "--port", "0", "--threads", str(cores()[0]), "--drain_timeout", "2"),
     ]
     log = directory / "server.log"
-    # A session of its own: Ctrl-C is for the trainer, which still needs the server to finish its step.
     with open(log, "wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        server = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            # A session of its own: Ctrl-C is for the trainer, which still needs the server to finish its step.
+            start_new_session=True,
+            # A demo that is killed, or whose terminal is closed, takes its server along.
+            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
+        )
     try:
         yield listening_port(server, log)
     finally:
@@ -149,6 +160,15 @@ def train_command(config: DemoConfig, directory: Path, port: int) -> list[str]:
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "outrider.cli.main", "train", *words]
+
+
+def run_trainer(command: list[str]) -> int:
+    """Run the trainer in the foreground; its exit status. Ctrl-C is the trainer's to answer: it finishes its step."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        return subprocess.Popen(command, preexec_fn=functools.partial(die_with_parent, signal.SIGTERM)).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def print_result(directory: Path) -> None:

@@ -70,7 +70,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with our reading of signals: the first SIGTERM or SIGINT drains, a second one ends at once."""
+    """uvicorn with our reading of signals: the first SIGTERM or SIGINT drains, a second one cuts off what is still
+    running, so that partial completions are answered in order, and a third one ends at once."""
 
     def __init__(
         self, settings: uvicorn.Config, app: ServerApp, config: RolloutConfig, listener: socket.socket
@@ -78,6 +79,7 @@ class _Server(uvicorn.Server):
         super().__init__(settings)
         self.app, self.rollout, self.listener = app, config, listener
         self._stop_task: asyncio.Task[None] | None = None
+        self._signals = 0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,14 +93,18 @@ class _Server(uvicorn.Server):
         print(ready_message(self.app, self.rollout, self.listener), flush=True)
 
     def _on_signal(self) -> None:
-        if self._stop_task is None:
-            log.info("draining: %d sequences running", self.app.engine.load().running)
-            self._stop_task = asyncio.get_running_loop().create_task(self._drain())
-        else:
+        self._signals += 1
+        if self._signals > 2:
             self.force_exit = self.should_exit = True
+            return
+        timeout = self.rollout.drain_timeout if self._signals == 1 else 0.0
+        log.info("draining for up to %g s: %d sequences running", timeout, self.app.engine.load().running)
+        if self._stop_task is not None:
+            self._stop_task.cancel()
+        self._stop_task = asyncio.get_running_loop().create_task(self._drain(timeout))
 
-    async def _drain(self) -> None:
-        await self.app.drain(self.rollout.drain_timeout)
+    async def _drain(self, timeout: float) -> None:
+        await self.app.drain(timeout)
         self.should_exit = True
 
 

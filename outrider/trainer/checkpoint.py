@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from outrider.contract.errors import UserError
 
 _STATE, _OPTIMIZER = "outrider_state.json", "optimizer.pt"
-_PREFIX, _UNFINISHED = "checkpoint-", ".unfinished"
+_PREFIX, _UNFINISHED, _REPLACED = "checkpoint-", ".unfinished", ".replaced"
 
 
 class TrainerState(msgspec.Struct, kw_only=True):
@@ -73,23 +74,27 @@ def write_directory(path: Path, write: Any) -> None:
         for file in unfinished.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        unfinished.rename(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        # torch and safetensors report a full disk by errors of their own, which are RuntimeErrors.
-        with contextlib.suppress(OSError):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveFailed(f"{path}: {_first_line(error)}{_free_space(path.parent)}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise SaveFailed(f"{path}: {_first_line(error)}{_free_space(path.parent)}") from error
-        raise
+        _replace(path, unfinished)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        # A full disk is a RuntimeError where torch meets it, and an error of its own where safetensors does.
+        free = _free_space(path.parent)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SaveFailed(f"{path}: {_first_line(error)}{free}") from error
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Put ``new`` where ``path`` is. What was there goes only when ``new`` has its place: whoever kills this process
+    loses neither."""
+    old = path.with_name(path.name + _REPLACED)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints that can be resumed, oldest first."""
+    """Whole checkpoints, oldest first."""
     found = []
     for path in output_dir.glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
@@ -99,19 +104,21 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
-    """The directory to resume from. wanted: ``auto`` (the newest whole one, or None for a run that has none yet) or
-    a path. Raises UserError when the path is not a checkpoint that can be resumed."""
-    if wanted == "auto":
-        whole = [path for path in list_checkpoints(output_dir) if (path / _OPTIMIZER).exists()]
-        return whole[-1] if whole else None
+    """The directory to resume from. wanted: ``auto`` (the newest one that can be resumed, or None for a run that has
+    no checkpoint yet) or a path. Raises UserError when there are checkpoints, and none that can be resumed."""
     path = Path(wanted)
+    if wanted == "auto":
+        saved = list_checkpoints(output_dir)
+        if not saved:
+            return None
+        path = next((path for path in reversed(saved) if (path / _OPTIMIZER).exists()), saved[-1])
     if not (path / _STATE).exists():
         known = ", ".join(str(p) for p in list_checkpoints(output_dir)) or "none"
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is there; those of the run: {known}")
     if not (path / _OPTIMIZER).exists():
         raise UserError(
-            f"--resume_from_checkpoint {wanted}: it was saved with --save_only_model and cannot be resumed; start a "
-            f"new run with --model {wanted}"
+            f"--resume_from_checkpoint {wanted}: {path} was saved with --save_only_model and cannot be resumed; start "
+            f"a new run with --model {path} and another --output_dir"
         )
     return path
 

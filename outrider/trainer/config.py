@@ -19,7 +19,12 @@ class ModelConfig(Section):
                aliases=("dtype",)),
     ] = "auto"  # fmt: skip
     gradient_checkpointing: Annotated[bool, option("Recompute activations in the backward pass")] = False
-    attn_impl: Annotated[str, option("Attention of the Transformers model", aliases=("attn_implementation",))] = "sdpa"
+    attn_impl: Annotated[
+        str | None,
+        option(
+            "Attention of the Transformers model (default: sdpa where it has that)", aliases=("attn_implementation",)
+        ),
+    ] = None
     trust_remote_code: Annotated[bool, option("Run code that comes with the model")] = False
 
 

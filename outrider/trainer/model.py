@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
@@ -26,8 +26,8 @@ class Policy:
         self.temperature, self.chunk = temperature, chunk
         compute = _compute_dtype(config, self.device)
         self._autocast = compute if compute != torch.float32 else None
+        self.config = load_config(config, source)
         try:
-            self.config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
             self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source,
                 # Optimizer steps are smaller than bfloat16 can add to a weight.
@@ -91,6 +91,14 @@ class Policy:
                 f"--model {source}: {type(self.model).__name__} computes its logits in a way that this trainer does "
                 "not reproduce (they differ from hidden states times output embeddings); it cannot be trained here"
             )
+
+
+def load_config(config: ModelConfig, source: str) -> PretrainedConfig:
+    """The configuration of the model in ``source``. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {source}: cannot be loaded: {error}") from error
 
 
 def _compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

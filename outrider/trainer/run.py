@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from outrider.algorithm.losses import LossSpec
 from outrider.contract.errors import UserError
 from outrider.contract.feed import Begin, EvalResult, Ready
+from outrider.contract.identity import model_fingerprint
 from outrider.observe.metrics import MetricsWriter, read_metrics
 from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
@@ -19,15 +20,15 @@ from outrider.trainer.checkpoint import SaveFailed, find_checkpoint, load_optimi
 from outrider.trainer.finish import finish_run
 from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
-from outrider.trainer.model import Policy
+from outrider.trainer.model import Policy, load_config
 from outrider.trainer.optimizer import learning_rate, make_optimizer
 from outrider.trainer.recording import StepTimes, eval_record, step_record
 from outrider.trainer.saving import Saver, patiently
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.step import StepComputer
 from outrider.trainer.summary import RunEnd
-from outrider.weights.publish import Publisher
-from outrider.weights.segments import remove_stale_segments
+from outrider.weights.publish import BUFFERS, Publisher
+from outrider.weights.segments import remove_stale_segments, segment_path
 
 #: Seconds for servers to hold a version and answer all held-out prompts.
 EVALUATION_DEADLINE = 3600.0
@@ -40,10 +41,6 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
         torch.set_num_threads(spec.run.threads)
     torch.manual_seed(spec.run.seed)
     output_dir = Path(spec.run.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from error
     transformers_logging.disable_progress_bar()  # it would write over the panel
     remove_stale_segments()
     run = Trainer(spec, output_dir)
@@ -69,7 +66,7 @@ class Trainer:
         self.panel = self._panel(plain=True)
         self.interrupt = Interrupt(
             lambda: self.panel.notice("stopping after this step; once more to stop now, without saving"),
-            lambda: self.link.kill(),
+            self._abandon,
         )
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         self.publisher: Publisher | None = None
@@ -84,9 +81,13 @@ class Trainer:
     def load(self) -> None:
         """Load model, optimizer and checkpoint while the collector makes its preflight; then publish."""
         spec = self.spec
-        checkpoint = None
+        checkpoint, state = None, None
         if spec.run.resume_from_checkpoint is not None:
             checkpoint = find_checkpoint(spec.run.resume_from_checkpoint, self.output_dir)
+        if checkpoint is not None:
+            # Against --model, which the servers serve: the checkpoint's own configuration would always agree.
+            asked = load_config(spec.model, spec.model.model)
+            state = load_state(checkpoint, model_fingerprint(asked.to_dict()))
         source = str(checkpoint) if checkpoint is not None else spec.model.model
         chunk = spec.loss.logprob_chunk_size
         self.policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
@@ -104,9 +105,7 @@ class Trainer:
             spec.loss.rollout_importance_sampling_threshold,
             spec.optimizer.max_grad_norm,
         )
-        state = None
-        if checkpoint is not None:
-            state = load_state(checkpoint, self.policy.fingerprint)
+        if checkpoint is not None and state is not None:
             load_optimizer(checkpoint, self.optimizer)
             self.step, self.saver.saved_step, self.time_before = state.step, state.step, state.time
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
@@ -115,7 +114,8 @@ class Trainer:
         self._open_outputs()
         if state is not None:
             self.panel.notice(f"resumed from {checkpoint} after step {state.step}")
-        if self.step >= self.max_steps:
+        # At its last step a run may still have to evaluate and to write its result.
+        if self.step > self.max_steps or (self.step == self.max_steps and self.saver.exported):
             raise UserError(
                 f"checkpoint {checkpoint} is at step {self.step} and the run has {self.max_steps}: raise --max_steps "
                 "or --num_train_epochs to go on"
@@ -298,6 +298,14 @@ class Trainer:
             configuration=self.spec.configuration,
             logprob_gap_alarm=self.spec.logging.logprob_gap_alarm,
         )
+
+    def _abandon(self) -> None:
+        """Leave no process, no shared memory and no hidden cursor behind. Runs in a signal handler, whatever the
+        trainer was doing: nothing here waits for a thread of the trainer's own."""
+        self.panel.stop()
+        self.link.kill()
+        for index in range(BUFFERS):
+            segment_path(self.spec.run_id, index).unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the collector, remove the segments, put the terminal back."""

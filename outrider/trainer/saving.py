@@ -35,6 +35,11 @@ class Saver:
         save_checkpoint(self.output_dir, state, self.policy.model, self.tokenizer, optimizer, keep)
         self.saved_step = step
 
+    @property
+    def exported(self) -> bool:
+        """Whether ``final`` is there."""
+        return (self.output_dir / "final").exists()
+
     def export(self) -> None:
         """Write ``final``, a Hugging Face directory. Raises SaveFailed."""
 
@@ -55,4 +60,6 @@ def patiently(save: Callable[[], None], what: str, notice: Callable[[str], None]
             if time.monotonic() > until or hurry():
                 raise UserError(f"{what} could not be saved: {error}; free space and start again") from error
             notice(f"{what} could not be saved: {error}; free space: tried again for {PATIENCE:g} s")
-            time.sleep(RETRY)
+            again = time.monotonic() + RETRY
+            while time.monotonic() < again and not hurry():
+                time.sleep(0.1)

@@ -1,7 +1,9 @@
 """Groups and specifications for tests of the collector."""
 
+from pathlib import Path
 from typing import Any
 
+import outrider.demo
 from outrider.collector.config import (
     CollectorSpec,
     DataConfig,
@@ -15,7 +17,9 @@ from outrider.collector.groups import Group
 from outrider.contract.generation import VersionSpan
 from outrider.environments.base import Rollout
 from outrider.rewards.settings import RewardSettings
-from tests.server.models import DEMO_MODEL
+
+#: Beside the package; importing the tests' models would load torch.
+DEMO_MODEL = Path(outrider.demo.__file__).parent / "model"
 
 
 def rollout(
@@ -61,6 +65,6 @@ def collector_spec(**given: Any) -> CollectorSpec:
         "seed": 0, "ledger": "", "drop_zero_variance": True,
     }  # fmt: skip
     for name, (section, defaults) in sections.items():
-        own = {key: given.pop(key) for key in list(given) if key in section.__struct_fields__}  # type: ignore[attr-defined]
+        own = {key: given.pop(key) for key in set(given) - set(fields) if key in section.__struct_fields__}  # type: ignore[attr-defined]
         fields[name] = section(**{**defaults, **own})
     return CollectorSpec(**{**fields, **given})

@@ -1,6 +1,7 @@
 """Small random models of several architectures, built once per test session."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM as Auto
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PretrainedCon
 import outrider.demo
 
 DEMO_MODEL = Path(outrider.demo.__file__).parent / "model"
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
     "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.2,

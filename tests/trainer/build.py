@@ -59,7 +59,7 @@ def trained_tokens(found: Sample) -> int:
 
 def batch_of(samples: list[Sample], sequences: int | None = None, tokens: int | None = None) -> Batch:
     """The batch that the collector would send, with the counts of ``samples`` unless others are given."""
-    stats = {field: 0.0 for field in BatchStats.__struct_fields__} | {"rewards": {}}
+    stats = dict.fromkeys(BatchStats.__struct_fields__, 0.0) | {"rewards": {}}
     return Batch(
         step=0,
         samples=samples,

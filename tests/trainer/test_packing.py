@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -36,7 +38,7 @@ def test_padded_tokens_keep_the_budget_unless_one_rollout_alone_exceeds_it(
 @given(LENGTHS, st.integers(1, 20), st.none() | st.integers(1, 400))
 def test_alike_lengths_share_a_micro_batch(lengths: list[int], rows: int, budget: int | None) -> None:
     batches = form_micro_batches(lengths, rows, budget)
-    for before, after in zip(batches, batches[1:], strict=False):
+    for before, after in itertools.pairwise(batches):
         assert max(lengths[index] for index in before) <= min(lengths[index] for index in after)
 
 

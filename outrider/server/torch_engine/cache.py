@@ -58,6 +58,11 @@ class SlotCache(Cache):
             for tensor in tensors:
                 tensor[target, :, :positions] = tensor[source, :, :positions]
 
+    def discard_non_finite(self) -> None:
+        """Make masked positions harmless again, see above, after a step that computed something not finite."""
+        for tensor in self.values:
+            torch.nan_to_num_(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Asked for by some models for a default of position ids, which are always given here."""
         return 0

@@ -236,12 +236,15 @@ class TorchEngine:
         self._steps += 1
         if len(rows) == 0:
             return
-        tokens, logprobs = sample(logits, self.slots.sampling_rows(rows))
-        stopped, full = self.slots.append(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
+        tokens, logprobs = (drawn.cpu().numpy() for drawn in sample(logits, self.slots.sampling_rows(rows)))
+        stopped, full = self.slots.append(rows, tokens, logprobs)
         self._generated_tokens += len(rows)
         # Whom first, then out: releasing a slot moves another sequence into it.
         by_stop = [self.slots.occupants[row] for row in rows[stopped]]
         by_length = [self.slots.occupants[row] for row in rows[full]]
+        not_finite = [self.slots.occupants[row] for row in rows[~np.isfinite(logprobs)]]
+        if not_finite:
+            self._fail({sequence.request for sequence in not_finite})
         for sequence in by_stop:
             self._finish(sequence, "stop")
         for sequence in by_length:
@@ -255,13 +258,7 @@ class TorchEngine:
             slot = sequence.slot
             count = int(self.slots.generated[slot]) if sequence.prefilled else 0
             tokens = self.slots.out_tokens[slot, :count].tolist()
-            sampled = self.slots.out_logprobs[slot, :count].astype(np.float64)
-            logprobs = sampled.tolist()
-            if not np.isfinite(sampled).all():
-                sequence.request.failure = (
-                    f"weights of version {self.weights.status.version} give probabilities that are not finite "
-                    "(has the training diverged?)"
-                )
+            logprobs = self.slots.out_logprobs[slot, :count].astype(np.float64).tolist()
             self.scheduler.forget(sequence)
             self.slots.release(slot, self.cache)
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -271,6 +268,16 @@ class TorchEngine:
         self.scheduler.remove(request)
         for sequence in request.sequences:
             self._finish(sequence, "abort")
+
+    def _fail(self, requests: set[Request]) -> None:
+        """Give up requests whose probabilities are not finite, and keep what they left behind from the others."""
+        for request in requests:
+            request.failure = (
+                f"weights of version {self.weights.status.version} give probabilities that are not finite "
+                "(has the training diverged?)"
+            )
+            self._abort(request)
+        self.cache.discard_non_finite()
 
     def _weights_changed(self, version: int) -> None:
         self.scheduler.weights_changed()

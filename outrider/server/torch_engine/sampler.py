@@ -45,7 +45,7 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1]
     threshold = (draw * total).minimum(total * (1.0 - 2.0**-23))
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
-    # Where the logits are not finite, nothing is found. The engine refuses such log-probabilities when it answers.
+    # Where the logits are not finite, nothing is found. The engine gives up such sequences.
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
     if greedy.any():
         tokens = torch.where(torch.from_numpy(greedy).to(device), logits.argmax(dim=-1), tokens)

@@ -1,0 +1,185 @@
+"""Tokens per second of the embedded engine over HTTP, of Transformers `generate` in process, and of vLLM over HTTP.
+
+    python bench/engine.py [--rounds 3] [--vllm_python PATH]
+
+One model, one set of prompts, 64 and 256 requests at once, sampled at temperature 1 with log-probabilities, all sides
+interleaved in one run. `generate` gets the whole batch at once, its best case. vLLM is measured where the Python given
+(by default this one) has it. Prints a table of medians and, last, one line of JSON; a side not installed is null.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import torch
+from models import save_bench_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 128
+CONCURRENCY = (64, 256)
+KEY = "bench"
+START_DEADLINE = 300.0
+
+
+def make_prompts(count: int, seed: int) -> list[list[int]]:
+    """Random prompts, all different."""
+    source = random.Random(seed)
+    return [[source.randrange(3, 99) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+
+
+async def ask(url: str, model: str, prompts: list[list[int]]) -> int:
+    """Send all prompts at once; the number of tokens that came back."""
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": f"Bearer {KEY}"}
+    ) as session:
+
+        async def one(prompt: list[int]) -> int:
+            body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 1.0, "logprobs": 0,
+                    "return_token_ids": True}  # fmt: skip
+            async with session.post(f"{url}/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                return len((await answer.json())["choices"][0]["token_ids"])
+
+        return sum(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+
+
+def http_side(url: str, model: str) -> Callable[[list[list[int]]], float]:
+    """Measure a server: tokens per second."""
+
+    def run(prompts: list[list[int]]) -> float:
+        started = time.perf_counter()
+        tokens = asyncio.run(ask(url, model, prompts))
+        assert tokens == len(prompts) * NEW_TOKENS, tokens
+        return tokens / (time.perf_counter() - started)
+
+    return run
+
+
+def generate_side(model: Path) -> Callable[[list[list[int]]], float]:
+    """Measure Transformers' `generate` on the whole batch: tokens per second."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+
+    def run(prompts: list[list[int]]) -> float:
+        ids = torch.tensor(prompts)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = loaded.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0,
+                top_k=0, output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+            # The log-probability of each token, which every other side gives too.
+            for step, logits in enumerate(out.logits):
+                torch.log_softmax(logits.float(), -1).gather(1, out.sequences[:, PROMPT_TOKENS + step, None])
+        return len(prompts) * NEW_TOKENS / (time.perf_counter() - started)
+
+    return run
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(command: list[str], url: str, log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a server and wait until it answers."""
+    with open(log, "wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+
+    async def healthy() -> bool:
+        try:
+            timeout = aiohttp.ClientTimeout(total=2)
+            async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/health") as answer:
+                return answer.status == 200
+        except (TimeoutError, aiohttp.ClientError):
+            return False
+
+    until = time.monotonic() + START_DEADLINE
+    while not asyncio.run(healthy()):
+        if server.poll() is not None or time.monotonic() > until:
+            raise SystemExit(f"{' '.join(command)} did not start:\n{log.read_text()[-3000:]}")
+        time.sleep(0.5)
+    return server
+
+
+def has_vllm(python: str) -> bool:
+    """Whether that Python can import vLLM."""
+    return subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False).returncode == 0
+
+
+def main() -> None:
+    """Measure all sides, round by round."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm_python", default=sys.executable)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    servers = []
+    results: dict[tuple[str, int], list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        model = save_bench_model(Path(directory) / "model")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OUTRIDER_API_KEY": KEY}
+        ours = f"http://127.0.0.1:{free_port()}"
+        command = [
+            *(sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(model), "--host", "127.0.0.1"),
+            *("--port", re.sub(r".*:", "", ours), "--torch_dtype", options.dtype),
+        ]
+        sides: dict[str, Callable[[list[list[int]]], float]] = {}
+        try:
+            servers.append(start_server(command, ours, Path(directory) / "ours.log", environment))
+            sides["outrider"] = http_side(ours, str(model))
+            sides["generate"] = generate_side(model)
+            if has_vllm(options.vllm_python):
+                theirs = f"http://127.0.0.1:{free_port()}"
+                command = [
+                    *(options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+                    *("--host", "127.0.0.1", "--port", re.sub(r".*:", "", theirs), "--dtype", "bfloat16"),
+                    *("--max-num-seqs", "256", "--max-model-len", "512"),
+                ]
+                vllm_environment = {**environment, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+                servers.append(start_server(command, theirs, Path(directory) / "vllm.log", vllm_environment))
+                sides["vllm"] = http_side(theirs, str(model))
+            for round_ in range(options.rounds + 1):
+                for count in CONCURRENCY:
+                    for name, run in sides.items():
+                        speed = run(make_prompts(count, seed=round_))
+                        if round_:  # the first round warms up
+                            results.setdefault((name, count), []).append(speed)
+                            print(f"{name} {count}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+        finally:
+            for server in servers:
+                os.killpg(server.pid, signal.SIGTERM)
+            for server in servers:
+                server.wait(30)
+    table = Table("side", *(f"{count} at once, tokens/s" for count in CONCURRENCY), title="medians")
+    median = {key: statistics.median(values) for key, values in results.items()}
+    for name in sides:
+        table.add_row(name, *(f"{median[name, count]:,.0f}" for count in CONCURRENCY))
+    Console(highlight=False).print(table)
+    summary: dict[str, float | None] = {}
+    for peer in ("generate", "vllm"):
+        for count in CONCURRENCY:
+            ratio = median["outrider", count] / median[peer, count] if (peer, count) in median else None
+            summary[f"ratio_{peer}_{count}"] = ratio and round(ratio, 3)
+    summary |= {f"tokens_per_second_{name}_{count}": round(value) for (name, count), value in median.items()}
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Commands as real processes: started, watched, signalled, and looked after when they are gone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Seconds after which a process that should have ended, or said something, is taken for stuck.
+PATIENCE = 120.0
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Command:
+    """``outrider ...`` or ``swift ...`` as a child process, with its output in files."""
+
+    def __init__(self, program: str, words: list[str], directory: Path) -> None:
+        """program: ``outrider`` or ``swift``. directory: where it runs and where its output goes."""
+        module = {"outrider": "outrider.cli.main", "swift": "outrider.cli.swift"}[program]
+        number = len(list(directory.glob("command-*.out")))
+        self._out, self._err = (directory / f"command-{number}.{end}" for end in ("out", "err"))
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        with open(self._out, "wb") as out, open(self._err, "wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *words], cwd=directory, stdout=out, stderr=err, env=environment
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait until the standard output holds ``pattern``."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            ended = self.process.poll() is not None
+            if found := re.search(pattern, self._out.read_text(), re.MULTILINE):
+                return found
+            if ended:
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"no {pattern!r} in:\n{self._out.read_text()}\n{self._err.read_text()}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to this process alone, and not to its children."""
+        self.process.send_signal(number)
+
+    def wait(self) -> Done:
+        """Wait until it has ended."""
+        try:
+            status = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"still running:\n{self._out.read_text()}\n{self._err.read_text()}") from None
+        return Done(status, self._out.read_text(), self._err.read_text())
+
+    def end(self) -> None:
+        """End it if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def descendants(self) -> list[int]:
+        """Its children, and theirs."""
+        return list(_descendants(self.pid))
+
+    def segments(self) -> list[str]:
+        """Names of the segments of shared memory that it has made."""
+        return [path.name for path in SHARED_MEMORY.glob(f"outrider-*-{self.pid}-*")]
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    except OSError:
+        return  # gone since
+    for child in children:
+        yield child
+        yield from _descendants(child)
+
+
+def all_gone(pids: list[int]) -> bool:
+    """Whether the processes end within ``PATIENCE``. One that nobody has reaped yet has ended too."""
+    until = time.monotonic() + PATIENCE
+    while any(map(_runs, pids)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

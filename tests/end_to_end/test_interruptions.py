@@ -1,0 +1,99 @@
+"""Ctrl-C, Ctrl-C twice, and a kill that nobody can catch. Signals go to the trainer alone."""
+
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import Train
+from tests.end_to_end.processes import Command, all_gone
+from tests.end_to_end.records import check_finished, query, summary, trained
+
+GROUPS, STEPS = 8, 7
+
+
+@pytest.fixture
+def settings(data: Path) -> dict[str, Any]:
+    """A run in which every step takes a while, and rewards have processes of their own too."""
+    rewards = f"{data / 'rewards.py'}:unhurried exact_match"
+    return {"max_steps": STEPS, "max_staleness": 1, "reward_funcs": rewards, "save_steps": 2}
+
+
+def test_ctrl_c_finishes_the_step_and_the_run_goes_on_later(
+    train: Train, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = train(tmp_path, **settings)
+    trainer.wait_for("^step 2/")
+    processes = trainer.descendants()
+    trainer.signal(signal.SIGINT)
+    done = trainer.wait()
+    assert (done.status, done.err) == (130, "")
+    assert "stopping after this step; once more to stop now, without saving" in done.out
+    stopped = re.search(r"^stopped after step (\d) of 7; go on with the same command and --resume", done.out, re.M)
+    assert stopped
+    assert (run / f"checkpoint-{stopped[1]}" / "optimizer.pt").exists()
+    assert not (run / "final").exists()
+    assert (summary(run).finished, summary(run).steps) == (False, int(stopped[1]))
+    assert all_gone(processes)
+    assert trainer.segments() == []
+
+    before = dict(query(run, "SELECT id, step FROM groups WHERE state = 'trained'"))
+    done = train(tmp_path, **settings, resume_from_checkpoint="auto").wait()
+    assert (done.status, done.err) == (0, "")
+    assert f"after step {stopped[1]}" in done.out
+    check_finished(run, count=STEPS, groups=GROUPS, bound=1)
+    after = dict(query(run, "SELECT id, step FROM groups WHERE state = 'trained'"))
+    assert before.items() <= after.items()
+
+
+def test_ctrl_c_twice_ends_at_once_and_leaves_nothing(train: Train, settings: dict[str, Any], tmp_path: Path) -> None:
+    trainer = train(tmp_path, **settings)
+    trainer.wait_for("^step 1/")
+    processes = trainer.descendants()
+    assert processes
+    assert trainer.segments()
+    trainer.signal(signal.SIGINT)
+    trainer.wait_for("once more to stop now")
+    trainer.signal(signal.SIGINT)
+    done = trainer.wait()
+    assert done.status == 130
+    assert "Traceback" not in done.err
+    assert all_gone(processes)
+    assert trainer.segments() == []
+
+
+def test_a_killed_trainer_is_cleaned_up_after_and_resumed(
+    train: Train, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = train(tmp_path, **settings)
+    trainer.wait_for("^step 5/")
+    processes = trainer.descendants()
+    trainer.signal(signal.SIGKILL)
+    assert trainer.wait().status == -signal.SIGKILL
+    assert all_gone(processes)
+    assert trainer.segments() != []
+    shipped = [row for row in trained(run) if row[1] < 5]
+
+    resumed = train(tmp_path, **settings, resume_from_checkpoint="auto")
+    done = resumed.wait()
+    assert (done.status, done.err) == (0, "")
+    assert trainer.segments() == []
+    assert re.search(r"resumed from \S+checkpoint-4 after step 4", done.out)
+    check_finished(run, count=STEPS, groups=GROUPS, bound=1)
+    # Steps that were trained after the checkpoint are trained again on the very same rollouts.
+    assert [row for row in trained(run) if row[1] < 5] == shipped
+
+
+def test_ctrl_c_while_waiting_for_a_server(train: Train, flags: dict[str, str], tmp_path: Path) -> None:
+    trainer: Command = train(tmp_path, vllm_server_port=1, vllm_server_timeout=100)
+    trainer.wait_for("waiting for server http://127.0.0.1:1 ")
+    processes = trainer.descendants()
+    trainer.signal(signal.SIGINT)
+    done = trainer.wait()
+    assert (done.status, done.err) == (130, "")
+    assert done.out.endswith("stopped before the first step\n")
+    assert all_gone(processes)
