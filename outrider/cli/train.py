@@ -15,6 +15,7 @@ from outrider.cli.flags import asks_for_help
 from outrider.cli.specs import make_specs
 from outrider.cli.train_config import TRAIN, TrainConfig, parse_train, resolve
 from outrider.contract.errors import UserError
+from outrider.contract.threads import yield_idle_threads
 
 #: What describes a launch over processes and nodes in the environment; torchrun's options have the same names.
 _LAUNCH = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
@@ -43,6 +44,7 @@ def start(config: TrainConfig) -> int:
             f"{resolved.world_size} trainer processes: this version trains with one; start it without torchrun"
         )
     prepare_output_dir(Path(config.run.output_dir))
+    yield_idle_threads()
     from outrider.trainer.run import train
 
     trainer, collector = make_specs(config, resolved)

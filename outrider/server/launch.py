@@ -13,6 +13,7 @@ import uvicorn
 
 from outrider.contract.errors import UserError
 from outrider.contract.keys import key_file
+from outrider.contract.threads import yield_idle_threads
 from outrider.server.app import ServerApp
 from outrider.server.auth import server_key
 from outrider.server.config import RolloutConfig
@@ -27,6 +28,7 @@ def serve(config: RolloutConfig) -> int:
     listener = bind(config.host, config.port)
     key = server_key(config.api_key)
     print(f"listening on {config.host}:{listener.getsockname()[1]}, loading {config.model}", flush=True)
+    yield_idle_threads()
     from outrider.server.torch_engine.loading import load_engine  # torch is imported only from here on
 
     engine = load_engine(config, key)
