@@ -66,13 +66,18 @@ class CollectorLink:
         self._heard = time.monotonic()
 
     def start(self, spec: bytes) -> None:
-        """Start the child. spec: an encoded ``CollectorSpec``."""
+        """Start the child. spec: an encoded ``CollectorSpec``. Raises UserError, Interrupted."""
         self._socket.bind(self._endpoint)
         self._log = open(self._log_path, "ab")  # noqa: SIM115 - it is the child's as long as the child lives
         # One thread: the collector computes nothing, and idle thread pools of its libraries cost the trainer cores.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "outrider.collector.process", self._endpoint]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
+        # A message to nobody would wait for ever: the child may have died before it got as far as to connect.
+        while not self._socket.poll(int(_POLL * 1000), zmq.POLLOUT):
+            if self._interrupted():
+                raise Interrupted
+            self._check_alive("it to start")
         self._socket.send(spec)
         self._heard = time.monotonic()
 
@@ -81,8 +86,9 @@ class CollectorLink:
         self._panel = panel
 
     def send(self, message: FromTrainer) -> None:
-        """Tell the collector something."""
-        self._socket.send(self._encode(message))
+        """Tell the collector something; never waits. Whoever waits for the answer hears that it is gone."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(self._encode(message), zmq.DONTWAIT)
 
     def ready(self, deadline: float) -> Ready:
         """What the collector found in its preflight. deadline: seconds. Raises UserError, Interrupted."""
@@ -165,17 +171,20 @@ class CollectorLink:
             if self._interrupted():
                 raise Interrupted
             now = time.monotonic()
-            if self._process is not None and self._process.poll() is not None:
-                if self._socket.poll(0):  # its last words
-                    continue
-                raise UserError(
-                    f"the collector process ended with exit code {self._process.returncode} while the trainer waited "
-                    f"for {what}; its log is {self._log_path}"
-                )
+            self._check_alive(what)
             if now - self._heard > SILENCE and self._ready is not None:
                 raise UserError(f"the collector has been silent for {SILENCE:g} s; its log is {self._log_path}")
             if until is not None and now > until:
                 raise UserError(f"waited {deadline:g} s for {what} in vain; the collector's log is {self._log_path}")
+
+    def _check_alive(self, what: str) -> None:
+        """Raises UserError when the child has ended, unless something that it said has not been read yet."""
+        if self._process is None or self._process.poll() is None or self._socket.poll(0):
+            return
+        raise UserError(
+            f"the collector process ended with exit code {self._process.returncode} while the trainer waited for "
+            f"{what}; its log is {self._log_path}"
+        )
 
     def _take(self, data: bytes) -> None:
         match self._decode(data):
