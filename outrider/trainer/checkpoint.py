@@ -1,10 +1,11 @@
 """Checkpoints: a Hugging Face directory with the trainer's state beside it, written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -48,7 +49,7 @@ def save_checkpoint(
             torch.save(optimizer.state_dict(), directory / _OPTIMIZER)
         (directory / _STATE).write_bytes(msgspec.json.encode(state))
 
-    write_directory(path, write)
+    write_directory(path, write, model_bytes(model) + (0 if optimizer is None else optimizer_bytes(optimizer)))
     if keep is not None:
         for old in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -61,14 +62,29 @@ def write_model(directory: Path, model: PreTrainedModel, tokenizer_source: str) 
     AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(directory)
 
 
-def write_directory(path: Path, write: Any) -> None:
+def model_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the weights take on disk."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the optimizer's state takes on disk."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def write_directory(path: Path, write: Callable[[Path], None], nbytes: int) -> None:
     """Have ``write(directory)`` fill a directory beside ``path`` and move it there when it is whole and on disk.
 
-    Raises SaveFailed.
+    nbytes: about what it will take. Where less is free nothing is written, since a disk that is filled to the brim
+    takes the ledger's next rows from the collector, and with them the run. Raises SaveFailed.
     """
     unfinished = path.with_name(path.name + _UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        free = shutil.disk_usage(path.parent).free
+        if free < nbytes:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it takes {nbytes / 2**20:,.1f} MiB")
         unfinished.mkdir(parents=True)
         write(unfinished)
         for file in unfinished.iterdir():
@@ -77,9 +93,8 @@ def write_directory(path: Path, write: Any) -> None:
         _replace(path, unfinished)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         # A full disk is a RuntimeError where torch meets it, and an error of its own where safetensors does.
-        free = _free_space(path.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveFailed(f"{path}: {_first_line(error)}{free}") from error
+        raise SaveFailed(f"{path}: {_first_line(error)}{_free_space(path.parent)}") from error
 
 
 def _replace(path: Path, new: Path) -> None:
@@ -146,10 +161,12 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _free_space(directory: Path) -> str:
     with contextlib.suppress(OSError):
-        return f" ({shutil.disk_usage(directory).free / 2**20:,.0f} MiB are free there)"
+        return f" ({shutil.disk_usage(directory).free / 2**20:,.1f} MiB are free there)"
     return ""

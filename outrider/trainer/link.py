@@ -129,7 +129,11 @@ class CollectorLink:
         self.send(EvaluateRequest(step=step, version=version))
 
     def stop(self, reason: str) -> None:
-        """End the child: in order if it can, within ``FAREWELL`` seconds at the most."""
+        """End the child: in order if it can, within ``FAREWELL`` seconds at the most. Before it is ready it has
+        nothing to bring to an end, and listens to nobody."""
+        if self._ready is None:
+            self.kill()
+            return
         if self._process is not None and self._process.poll() is None:
             self.send(Stop(reason=reason))
             try:

@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 
 from outrider.contract.errors import UserError
-from outrider.trainer.checkpoint import SaveFailed, TrainerState, save_checkpoint, write_directory, write_model
+from outrider.trainer.checkpoint import (
+    SaveFailed,
+    TrainerState,
+    model_bytes,
+    save_checkpoint,
+    write_directory,
+    write_model,
+)
 from outrider.trainer.config import RunConfig
 from outrider.trainer.model import Policy
 
@@ -46,7 +53,7 @@ class Saver:
         def write(directory: Path) -> None:
             write_model(directory, self.policy.model, self.tokenizer)
 
-        write_directory(self.output_dir / "final", write)
+        write_directory(self.output_dir / "final", write, model_bytes(self.policy.model))
 
 
 def patiently(save: Callable[[], None], what: str, notice: Callable[[str], None], hurry: Callable[[], bool]) -> None:

@@ -158,8 +158,7 @@ def test_packing_and_order_change_nothing(loss_type: str, level: str, data: st.D
 
     whole = loss_of(batch, spec, counts, corrected=True)
     parts = [
-        loss_of(batch.take([i for i in order if micro_batch[i] == m]), spec, counts, corrected=True)
-        for m in range(4)
+        loss_of(batch.take([i for i in order if micro_batch[i] == m]), spec, counts, corrected=True) for m in range(4)
     ]
 
     total = sum(part.loss for part in parts)
@@ -174,8 +173,7 @@ def test_packing_and_order_change_nothing(loss_type: str, level: str, data: st.D
 def test_bnpo_is_dapo_over_the_whole_step() -> None:
     batch = make_batch([3, 5], seed=3)
     bnpo, dapo = (
-        loss_of(batch, spec_of(t, "token", None, 0.0, None), counts_of(batch), False)
-        for t in ("bnpo", "dapo")
+        loss_of(batch, spec_of(t, "token", None, 0.0, None), counts_of(batch), False) for t in ("bnpo", "dapo")
     )
     assert bnpo.loss == dapo.loss
 
@@ -216,17 +214,13 @@ def test_clipped_tokens_are_counted_and_have_no_gradient() -> None:
     # beta is 0: the distance to the reference is measured, not trained. k3 = 1/r + log r − 1.
     assert output.kl_sum.item() == pytest.approx((1 / ratios + ratios.log() - 1).sum().item())
     assert logprobs.grad is not None
-    torch.testing.assert_close(
-        logprobs.grad, torch.tensor([-0.5, 0.0, 0.0, 1.5, 1.0], dtype=torch.float64) / 5
-    )
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-0.5, 0.0, 0.0, 1.5, 1.0], dtype=torch.float64) / 5)
     assert not any(tensor.requires_grad for tensor in output[1:] if isinstance(tensor, Tensor))
 
 
 @pytest.mark.parametrize(("loss_type", "level", "beta"), itertools.product(LOSS_TYPES, LEVELS, [0.0, 0.1]))
 @pytest.mark.parametrize("counts", [StepCounts(sequences=4, tokens=9), StepCounts(sequences=0, tokens=0)])
-def test_an_empty_micro_batch_is_an_anchored_zero(
-    loss_type: str, level: str, beta: float, counts: StepCounts
-) -> None:
+def test_an_empty_micro_batch_is_an_anchored_zero(loss_type: str, level: str, beta: float, counts: StepCounts) -> None:
     parameter = torch.ones(3, requires_grad=True)
     logprobs = parameter.log_softmax(0)[:0]
     output = policy_loss(

@@ -24,9 +24,6 @@ async def raises(completions, **columns):
 
 async def hangs(completions, **columns):
     await asyncio.sleep(1000)
-
-async def miscounts(completions, **columns):
-    return [1.0]
 """
 
 Train = Callable[..., Command]

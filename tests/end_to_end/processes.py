@@ -94,6 +94,16 @@ def _descendants(pid: int) -> Iterator[int]:
         yield from _descendants(child)
 
 
+def assert_one_message(done: Done, parts: list[str]) -> None:
+    """Exit status 2 and one line of explanation, without a traceback."""
+    assert done.status == 2, done
+    assert "Traceback" not in done.err + done.out
+    (message,) = done.err.splitlines()
+    assert message.startswith("outrider: ")
+    missing = [part for part in parts if part not in message]
+    assert not missing, message
+
+
 def all_gone(pids: list[int]) -> bool:
     """Whether the processes end within ``PATIENCE``. One that nobody has reaped yet has ended too."""
     until = time.monotonic() + PATIENCE

@@ -1,6 +1,7 @@
 """Runs from the first command to the last file."""
 
-import time
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from outrider.observe.metrics import evaluations_of, read_metrics
 from tests.end_to_end.conftest import Train
-from tests.end_to_end.processes import Command
+from tests.end_to_end.processes import Command, assert_one_message
 from tests.end_to_end.records import check_finished, check_ledger, steps, summary, trained
 
 GROUPS = 8
@@ -63,6 +64,23 @@ def test_a_finished_run_is_not_resumed_but_a_lost_result_is_written_again(
     assert train(run.parent, **again).wait().status == 0
     check_finished(run, count=4, groups=GROUPS, bound=0)
     assert (run / "final" / "model.safetensors").read_bytes() == (run / "moved" / "model.safetensors").read_bytes()
+
+
+def test_the_directory_of_a_run_is_for_no_other(synchronous: list[Path], train: Train, data: Path) -> None:
+    run = synchronous[0]
+    before = trained(run)
+    again = {"max_steps": 5, "resume_from_checkpoint": "auto"}
+    # At once: each is refused before it takes anything.
+    anew = train(run.parent, max_steps=4, seed=3)
+    another_seed = train(run.parent, **again, seed=7)
+    another_dataset = train(run.parent, **again, seed=3, dataset=data / "heldout.jsonl")
+    assert_one_message(
+        anew.wait(),
+        ["--output_dir run holds another run's ledger", "choose another directory", "--resume_from_checkpoint auto"],
+    )
+    assert_one_message(another_seed.wait(), ["run with seed 3; this one has 7", "resume with the same settings"])
+    assert_one_message(another_dataset.wait(), ["is of a run with dataset", "resume with the same settings"])
+    assert trained(run) == before
 
 
 def test_an_asynchronous_run_with_evaluation(train: Train, data: Path, tmp_path: Path) -> None:
@@ -136,33 +154,23 @@ def test_a_server_may_be_killed_and_come_back(swift_run: tuple[Path, str]) -> No
     check_ledger(run, count=10, groups=GROUPS, bound=1)
 
 
-def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_its_result(train: Train, small_disk: Path) -> None:
-    trainer = train(small_disk, max_steps=2, save_steps=1)
-    trainer.wait_for(r"checkpoint not saved: \S+checkpoint-1: .* MiB are free there\); training goes on")
-    trainer.wait_for(r"the last checkpoint could not be saved: \S+checkpoint-2: .*free space")
-    time.sleep(0.2)
-    assert not list((small_disk / "run").glob("checkpoint-*"))
-    enlarge(small_disk)
-    assert trainer.wait().status == 0
-    check_finished(small_disk / "run", count=2, groups=GROUPS, bound=0)
-    assert (small_disk / "run" / "checkpoint-2" / "optimizer.pt").exists()
-
-
 @pytest.fixture
-def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB, where this user may mount one: enough for the ledger, not for a checkpoint."""
-    import subprocess
-
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], capture_output=True)
-    if done.returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def enlarge(place: Path) -> None:
-    import subprocess
-
-    subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_its_result(train: Train, small_disk: Path) -> None:
+    trainer = train(small_disk, max_steps=2, save_steps=1)
+    trainer.wait_for(r"checkpoint not saved: \S+checkpoint-1: .* MiB are free there\); training goes on")
+    trainer.wait_for(r"the last checkpoint could not be saved: \S+checkpoint-2: .*free space")
+    assert not list((small_disk / "run").glob("checkpoint-*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert trainer.wait().status == 0
+    check_finished(small_disk / "run", count=2, groups=GROUPS, bound=0)
+    assert (small_disk / "run" / "checkpoint-2" / "optimizer.pt").exists()

@@ -117,9 +117,9 @@ class TestFormat:
 
     @settings(deadline=None)
     @given(
-        st.lists(
-            st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "x"]), max_size=9
-        ).map("".join)
+        st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "x"]), max_size=9).map(
+            "".join
+        )
     )
     def test_agrees_with_the_regular_expression(self, completion: str) -> None:
         match = re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", completion, re.DOTALL)
@@ -164,9 +164,7 @@ class TestSoftOverlong:
         ("length", "expected"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (110, -1.5)]
     )
     def test_by_hand(self, length: int, expected: float) -> None:
-        rewards = soft_overlong(
-            ["text"], soft_max_length=100, soft_cache_length=20, completion_ids=[[7] * length]
-        )
+        rewards = soft_overlong(["text"], soft_max_length=100, soft_cache_length=20, completion_ids=[[7] * length])
         assert rewards == [pytest.approx(expected)]
         assert math.copysign(1.0, rewards[0] or 0.0) == (1.0 if length <= 80 else -1.0)
 

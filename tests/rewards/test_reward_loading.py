@@ -134,9 +134,7 @@ class TestPlugins:
     def test_neighbouring_files_can_be_imported(self, tmp_path: Path) -> None:
         (tmp_path / "own_rewards_helper.py").write_text("VALUE = 5.0\n")
         file = tmp_path / "main.py"
-        file.write_text(
-            "from own_rewards_helper import VALUE\ndef five(completions, **columns):\n    return [VALUE]\n"
-        )
+        file.write_text("from own_rewards_helper import VALUE\ndef five(completions, **columns):\n    return [VALUE]\n")
         assert load("five", [str(file)]).function(["x"]) == [5.0]
 
     def test_two_files_of_the_same_name(self, plugin: str, tmp_path: Path) -> None:
@@ -152,9 +150,7 @@ class TestPlugins:
     def test_ambiguous_name_is_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "own.py"
         file.write_text("def format(completions, **columns):\n    return []\n")
-        with pytest.raises(
-            UserError, match=r"ambiguous \(the built-in one, .*own.py:format\): name the file"
-        ):
+        with pytest.raises(UserError, match=r"ambiguous \(the built-in one, .*own.py:format\): name the file"):
             load("format", [str(file)])
         assert load(f"{file}:format").function(["x"]) == []
 
@@ -195,9 +191,7 @@ class TestPlugins:
     def test_a_failing_plugin_shows_its_own_line(self, tmp_path: Path, source: str, message: str) -> None:
         file = tmp_path / "broken.py"
         file.write_text(source)
-        with pytest.raises(
-            UserError, match=f"(?s)reward 'length' needs the plugin .*failed to load at .*{message}"
-        ):
+        with pytest.raises(UserError, match=f"(?s)reward 'length' needs the plugin .*failed to load at .*{message}"):
             load("length", [str(file)])
         assert not [name for name in sys.modules if name.startswith("outrider_plugin_broken")]
 
@@ -239,12 +233,8 @@ class TestModules:
         with pytest.raises(UserError, match=message):
             load(spec)
 
-    def test_a_failing_module_shows_its_own_line(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_failing_module_shows_its_own_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "broken_module.py").write_text("x = 1\nimport own_rewards_nowhere\n")
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(
-            UserError, match=r"broken_module.py:2: import own_rewards_nowhere \(ModuleNotFound"
-        ):
+        with pytest.raises(UserError, match=r"broken_module.py:2: import own_rewards_nowhere \(ModuleNotFound"):
             load("broken_module:f")

@@ -22,6 +22,8 @@ from outrider.trainer.checkpoint import (
     list_checkpoints,
     load_optimizer,
     load_state,
+    model_bytes,
+    optimizer_bytes,
     save_checkpoint,
     write_directory,
     write_model,
@@ -106,7 +108,7 @@ def test_a_resumed_optimizer_takes_the_same_step(save: Any, tmp_path: Path) -> N
 
 def test_the_export_is_a_hugging_face_directory(policy: Policy, model: Path, tmp_path: Path) -> None:
     final = tmp_path / "final"
-    write_directory(final, lambda directory: write_model(directory, policy.model, str(model)))
+    write_directory(final, lambda directory: write_model(directory, policy.model, str(model)), 0)
     loaded = AutoModelForCausalLM.from_pretrained(final)
     ids = torch.tensor([[5, 17, 40, 7]])
     with torch.no_grad():
@@ -214,6 +216,21 @@ def test_a_failed_save_leaves_earlier_ones_and_nothing_half(
     assert names(tmp_path) == ["checkpoint-2"]
 
 
+def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+    """A disk that a checkpoint has filled to the brim would have no room for the ledger."""
+    begun = []
+    with pytest.raises(SaveFailed, match=r"No space left on device: it takes [\d,]+\.\d MiB \([\d,.]+ MiB are free"):
+        write_directory(tmp_path / "final", begun.append, 2**62)
+    assert begun == []
+    assert names(tmp_path) == []
+
+
+def test_the_estimate_is_what_is_written(save: Any, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    path = save(1)
+    assert (path / "model.safetensors").stat().st_size == pytest.approx(model_bytes(policy.model), rel=0.05)
+    assert (path / "optimizer.pt").stat().st_size == pytest.approx(optimizer_bytes(optimizer), rel=0.1)
+
+
 WRITES = """
 import resource, sys
 from pathlib import Path
@@ -252,7 +269,7 @@ def test_other_mistakes_are_not_called_a_full_disk(tmp_path: Path) -> None:
         raise TypeError("a defect")
 
     with pytest.raises(TypeError, match="a defect"):
-        write_directory(tmp_path / "final", write)
+        write_directory(tmp_path / "final", write, 0)
     assert not (tmp_path / "final").exists()
 
 
