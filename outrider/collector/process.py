@@ -136,7 +136,7 @@ class CollectorProcess:
         key = client_key(spec.servers.vllm_server_api_key)
         tokenizer, expected = load_identity(spec)
         sources = load_sources(spec)
-        rewards = start_rewards(spec)
+        rewards = start_rewards(spec, sources)
         self.closers.callback(rewards.close)
         servers = await self._reach_servers(spec, expected, key)
         train, held_out = prompt_sets(spec, tokenizer, sources, [s.info for s in servers if s.info is not None])

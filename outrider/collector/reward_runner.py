@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
 from concurrent.futures import TimeoutError as FutureTimeout
 from multiprocessing import get_context
@@ -55,7 +56,11 @@ async def _await(call: Awaitable[Any]) -> Any:
 
 
 def _raised(name: str, error: BaseException) -> str:
-    return f"reward {name} raised {type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    # The innermost line that is not of a library: usually the user's own.
+    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"reward {name} raised {type(error).__name__}: {error}{where}"
 
 
 def _nothing() -> None:

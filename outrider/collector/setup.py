@@ -12,6 +12,7 @@ from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest
 from outrider.contract.identity import SPECIAL_TOKENS, model_fingerprint, tokenizer_hash
+from outrider.rewards.loading import load_reward
 
 #: Rows and the names of their columns.
 Source = tuple[Any, list[str]]
@@ -62,9 +63,18 @@ def prompt_sets(
     return train, PromptSet(held_out[0], held_out[1], name, tokenizer, spec.data, limit)
 
 
-def start_rewards(spec: CollectorSpec) -> RewardRunner:
-    """The reward functions. Raises UserError when one cannot be loaded."""
+def start_rewards(spec: CollectorSpec, sources: tuple[Source, Source | None]) -> RewardRunner:
+    """The reward functions. Raises UserError when one cannot be loaded, or needs a column that the data lacks."""
     rewards = spec.rewards
+    for reward_spec in rewards.reward_funcs:
+        needed = load_reward(reward_spec, spec.reward_settings, list(rewards.external_plugins)).needed_columns
+        for flag, source in zip(("--dataset", "--val_dataset"), sources, strict=True):
+            missing = [name for name in needed if source is not None and name not in source[1]]
+            if missing and source is not None:
+                raise UserError(
+                    f"--reward_funcs {reward_spec} needs the column {missing[0]!r}, and {flag} has only "
+                    f"{', '.join(source[1])}: rename or add a column, or choose another reward"
+                )
     return RewardRunner(
         rewards.reward_funcs,
         spec.reward_settings,

@@ -3,19 +3,19 @@
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import cache, lru_cache
 from typing import Any
 
 from outrider.contract.errors import UserError
-from outrider.rewards.columns import required_column
 
 logger = logging.getLogger(__name__)
 
 _NUMERAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
 
 
-def accuracy(completions: list[str], **columns: Any) -> list[float | None]:
+def accuracy(completions: list[str], *, solution: Sequence[Any], **columns: Any) -> list[float | None]:
     r"""1.0 where the completion is mathematically equal to the column `solution`, else 0.0.
 
     Of both, only what stands in the last `<answer>…</answer>` counts, where there is one. Two plain decimal
@@ -24,15 +24,14 @@ def accuracy(completions: list[str], **columns: Any) -> list[float | None]:
 
     None where there is no solution to compare with, or none that math-verify can read: scoring every
     completion 0 would train on a defect of the data. LaTeX in a solution needs its delimiters ($…$ or
-    \boxed{…}). UserError without the column, or without math-verify where it is needed.
+    \boxed{…}). UserError without math-verify where it is needed.
 
     It sets no time limit of its own, because the signals that math-verify uses for that work in a main thread
     only: the caller has a deadline for every reward.
     """
-    solutions = required_column(columns, "solution", reward="accuracy")
     return [
-        None if solution is None else _score(_answer_of(completion), _answer_of(str(solution)))
-        for completion, solution in zip(completions, solutions, strict=True)
+        None if right is None else _score(_answer_of(completion), _answer_of(str(right)))
+        for completion, right in zip(completions, solution, strict=True)
     ]
 
 

@@ -1,17 +1,15 @@
 """The completion is the solution, character for character."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from outrider.rewards.columns import required_column
 
-
-def exact_match(completions: list[str], **columns: Any) -> list[float | None]:
+def exact_match(completions: list[str], *, solution: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the completion equals str(solution), both without surrounding white space, else 0.0.
 
-    Needs the column `solution` (UserError without it); None where the solution is None.
+    solution: the dataset's column of that name; None where it is None.
     """
-    solutions = required_column(columns, "solution", reward="exact_match")
     return [
-        None if solution is None else float(completion.strip() == str(solution).strip())
-        for completion, solution in zip(completions, solutions, strict=True)
+        None if right is None else float(completion.strip() == str(right).strip())
+        for completion, right in zip(completions, solution, strict=True)
     ]

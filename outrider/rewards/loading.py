@@ -27,6 +27,10 @@ Rewards: TypeAlias = list[float | None]
 RewardFunction: TypeAlias = Callable[..., Rewards | Awaitable[Rewards]]
 
 
+#: Columns that every reward function is given, whatever the dataset has.
+GIVEN_COLUMNS = frozenset({"prompts", "completion_ids"})
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward function, the name it is logged under, and whether calling it gives an awaitable.
@@ -38,6 +42,17 @@ class Reward:
     name: str
     function: RewardFunction
     is_async: bool
+
+    @property
+    def needed_columns(self) -> list[str]:
+        """Columns that it cannot be called without: its parameters that have no default."""
+        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # a callable written in C does not tell
+            return []
+        needed = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+        return [name for name in needed[1:] if name not in GIVEN_COLUMNS]
 
 
 def load_reward(spec: str, settings: RewardSettings, external_plugins: list[str]) -> Reward:

@@ -65,7 +65,9 @@ def patiently(save: Callable[[], None], what: str, notice: Callable[[str], None]
             return
         except SaveFailed as error:
             if time.monotonic() > until or hurry():
-                raise UserError(f"{what} could not be saved: {error}; free space and start again") from error
+                raise UserError(
+                    f"{what} could not be saved: {error}; free space, then go on with --resume_from_checkpoint auto"
+                ) from error
             notice(f"{what} could not be saved: {error}; free space: tried again for {PATIENCE:g} s")
             again = time.monotonic() + RETRY
             while time.monotonic() < again and not hurry():

@@ -135,14 +135,17 @@ def test_a_port_that_is_taken(port: int, demo_model: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"reward_funcs": "{data}/rewards.py:raises"}, ["reward raises raised ValueError: there is a mistake in it"]),
+        (
+            {"reward_funcs": "{data}/rewards.py:raises"},
+            ["reward raises raised ValueError: there is a mistake in it", "rewards.py:"],
+        ),
         (
             {"reward_funcs": "{data}/rewards.py:hangs", "reward_timeout": 1},
             ["reward hangs: no result within --reward_timeout 1 s"],
         ),
         (
             {"dataset": "{place}/unsolved.jsonl"},
-            ["the reward 'exact_match' needs a dataset column 'solution'", "answer"],
+            ["--reward_funcs exact_match needs the column 'solution'", "--dataset has only", "answer"],
         ),
     ],
     ids=["raises", "hangs", "lacks a column"],

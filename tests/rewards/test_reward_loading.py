@@ -238,3 +238,23 @@ class TestModules:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=r"broken_module.py:2: import own_rewards_nowhere \(ModuleNotFound"):
             load("broken_module:f")
+
+
+def test_needed_columns(tmp_path: Path) -> None:
+    """What is checked against the data before anything is sampled."""
+    plugin = tmp_path / "needy.py"
+    plugin.write_text(
+        "def score(completions, answer, prompts, weight=1.0, **columns): return [0.0]\n"
+        "def anything(*args, **columns): return [0.0]\n"
+        "class Judge:\n    async def __call__(self, completions, *, rubric): return [0.0]\n"
+    )
+    settings = RewardSettings(soft_cache_length=8)
+
+    def needed(spec: str) -> list[str]:
+        return load_reward(spec, settings, []).needed_columns
+
+    assert needed(f"{plugin}:score") == ["answer"]
+    assert needed(f"{plugin}:anything") == []
+    assert needed(f"{plugin}:Judge") == ["rubric"]
+    assert [needed(name) for name in ("accuracy", "exact_match")] == [["solution"], ["solution"]]
+    assert [needed(name) for name in ("format", "repetition", "soft_overlong")] == [[], [], []]

@@ -74,8 +74,10 @@ async def test_logprobs_are_those_of_the_trainer(engine: TorchEngine, random_mod
     assert sum(gaps) / len(gaps) <= 1e-5
 
 
-async def test_company_does_not_change_a_sequence(engine: TorchEngine) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_company_does_not_change_a_sequence(random_model: Path, dtype: str) -> None:
     """Alone, in a crowd, as one of n or with the prompt prefilled in chunks: the same bits."""
+    engine = start(random_model, torch_dtype=dtype)
     batch = prompts(24, seed=2, longest=60)
 
     async def one(index: int) -> list[CompletionChoice]:
@@ -88,6 +90,7 @@ async def test_company_does_not_change_a_sequence(engine: TorchEngine) -> None:
     for index in range(len(batch)):
         assert [c.token_ids for c in crowd[index]] == [c.token_ids for c in alone[index]]
         assert [c.logprobs for c in crowd[index]] == [c.logprobs for c in alone[index]]
+    engine.close()
 
 
 async def test_truncated_sampling_reports_the_truncated_distribution(demo_model: Path) -> None:

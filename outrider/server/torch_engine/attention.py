@@ -80,7 +80,7 @@ def slot_attention(
     for span in step_layout.spans:
         rows, width = span.index.shape
         slots = slice(span.first_slot, span.first_slot + rows)
-        keys = cache.keys[layer][slots, :, : span.context].transpose(-1, -2)
+        keys = cache.keys[layer][slots, :, : span.context]
         values = cache.values[layer][slots, :, : span.context]
         mask = span.mask(sliding_window)
         chunk = max(1, _MAX_SCORES // (rows * heads * span.context))
@@ -89,13 +89,11 @@ def slot_attention(
             count = part.shape[1]
             # [rows, count, kv, groups, size] -> [rows, kv, groups x count, size]
             queries = folded[part].permute(0, 2, 3, 1, 4).reshape(rows, cache.heads, groups * count, head_size)
-            scores = torch.matmul(queries, keys).float()
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.view(rows, cache.heads, groups, count, span.context)
-            scores = scores.masked_fill(mask[:, :, :, start : start + count], float("-inf"))
-            weights = torch.softmax(scores, dim=-1).to(values.dtype)
-            mixed = torch.matmul(weights.view(rows, cache.heads, groups * count, span.context), values)
+            hidden = mask[:, :, :, start : start + count]
+            if softcap is None and folded.dtype != torch.float32:
+                mixed = _fused(queries, keys, values, hidden, groups)
+            else:
+                mixed = _explicit(queries, keys, values, hidden, groups, softcap)
             mixed = mixed.view(rows, cache.heads, groups, count, head_size).permute(0, 3, 1, 2, 4)
             if span.valid is None:
                 output[part] = mixed
@@ -103,6 +101,30 @@ def slot_attention(
                 valid = span.valid[:, start : start + count]
                 output[part[valid]] = mixed[valid]
     return output.view(1, tokens, heads, head_size), None
+
+
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, groups: int) -> Tensor:
+    """Attention by the fused kernel, which reads 16-bit keys and values where they lie; on the CPU 1.5 to 5 times as
+    fast as the explicit one, which has to copy them (and slower for float32, where that one copies nothing).
+
+    queries [rows, kv, groups x count, size]; keys, values [rows, kv, context, size]; hidden bool
+    [rows, 1, 1, count, context].
+    """
+    seen = ~hidden.expand(-1, 1, groups, -1, -1).flatten(2, 3)
+    return nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=1.0)
+
+
+def _explicit(
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, groups: int, softcap: float | None
+) -> Tensor:
+    """Attention by two matrix products, with soft-capped scores where the model has them. Shapes as for ``_fused``."""
+    rows, heads, width, _ = queries.shape
+    scores = torch.matmul(queries, keys.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    by_group = scores.view(rows, heads, groups, width // groups, keys.shape[2])
+    by_group.masked_fill_(hidden, float("-inf"))
+    return torch.matmul(torch.softmax(scores, dim=-1).to(values.dtype), values)
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)
