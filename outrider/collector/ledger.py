@@ -7,12 +7,13 @@ started anew. Group g asks row ``Order.row(g)`` of the dataset, so the largest i
 """
 
 import contextlib
+import fcntl
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -64,6 +65,7 @@ class Ledger:
         self._broken: UserError | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
             self._db = self._thread.submit(_open, path).result()
             known = self._thread.submit(lambda: dict(self._db.execute("SELECT name, value FROM facts"))).result()
         except (OSError, sqlite3.Error) as error:
@@ -121,6 +123,7 @@ class Ledger:
         """Write what is outstanding and close the file."""
         self._thread.submit(self._db.close).result()
         self._thread.shutdown()
+        self._lock.close()
 
     def _submit(self, write: Any) -> "Future[Any]":
         def transaction() -> None:
@@ -165,6 +168,20 @@ class Ledger:
                 for place, rollout in enumerate(group.rollouts)
             ],
         )
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Keep a second run out of the directory for as long as this process lives. Raises UserError when one is there."""
+    file = open(path.with_suffix(".lock"), "ab")  # noqa: SIM115 - open means locked
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"--output_dir {path.parent}: another run is using it at this moment; wait for its end, stop it, or choose "
+            "another directory"
+        ) from error
+    return file
 
 
 def _open(path: Path) -> sqlite3.Connection:

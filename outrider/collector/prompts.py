@@ -76,7 +76,7 @@ class PromptSet:
         digest = xxhash.xxh3_64(str(len(self.rows)).encode())
         for row in range(0, len(self.rows), step):
             digest.update(repr(self.rows[row][self.column]).encode())
-        return digest.hexdigest()
+        return f"{len(self.rows)} rows, hash {digest.hexdigest()}"
 
     def _render(self, prompt: object, row: int) -> tuple[str, list[int]]:
         if isinstance(prompt, str):

@@ -224,3 +224,13 @@ def test_a_killed_process_loses_nothing_that_was_confirmed(tmp_path: Path) -> No
     with sqlite3.connect(ledger.path) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
+
+
+def test_a_second_run_in_one_directory_is_kept_out(tmp_path: Path) -> None:
+    """Two writers would train the same groups twice; the second one may come when the first has ended."""
+    path = tmp_path / "ledger.sqlite"
+    first = Ledger(path, {"seed": "1"}, resume=False)
+    with pytest.raises(UserError, match="another run is using it"):
+        Ledger(path, {"seed": "1"}, resume=True)
+    first.close()
+    Ledger(path, {"seed": "1"}, resume=True).close()
