@@ -45,7 +45,7 @@ _COSINE = "it is for the reward 'cosine', which is not built in"
 _REFERENCE = "the reference model stays what the policy was at the start; leave it out, or give --beta 0"
 _REFERENCE_SYNC = "the reference model is never moved"
 _REWARD_MODEL = "reward models are not in this version; call one from a function in --reward_funcs"
-_DISTRIBUTED = "weights, gradients and optimizer state are sharded with FSDP2"
+_DISTRIBUTED = "this version trains in one process, which has nothing to shard"
 
 _SHARED: dict[str, SwiftFlag] = {
     "model_type": _unused("the architecture is read from the model's own configuration"),
@@ -106,7 +106,7 @@ TRAIN_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
     # Servers.
     "vllm_server_group_port": _unused("weights travel over the server's one port, or shared memory"),
     "enable_flattened_weight_sync": _unused("weights are published by shard, with one manifest an update"),
-    "move_model_batches": _unused("weights are published shard by shard, and nothing is gathered"),
+    "move_model_batches": _unused("weights are published tensor by tensor into shared memory, and nothing is gathered"),
     "vllm_server_pass_dataset": _refused(_MULTI_TURN, _OFF),
     "vllm_gpu_memory_utilization": _unused(_COLOCATED),
     "vllm_max_model_len": _unused(_COLOCATED),
