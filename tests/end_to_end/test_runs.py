@@ -70,16 +70,12 @@ def test_the_directory_of_a_run_is_for_no_other(synchronous: list[Path], train: 
     run = synchronous[0]
     before = trained(run)
     again = {"max_steps": 5, "resume_from_checkpoint": "auto"}
-    # At once: each is refused before it takes anything.
-    anew = train(run.parent, max_steps=4, seed=3)
-    another_seed = train(run.parent, **again, seed=7)
-    another_dataset = train(run.parent, **again, seed=3, dataset=data / "heldout.jsonl")
-    assert_one_message(
-        anew.wait(),
-        ["--output_dir run holds another run's ledger", "choose another directory", "--resume_from_checkpoint auto"],
-    )
-    assert_one_message(another_seed.wait(), ["run with seed 3; this one has 7", "resume with the same settings"])
-    assert_one_message(another_dataset.wait(), ["is of a run with dataset", "resume with the same settings"])
+    for changes, parts in [
+        ({"max_steps": 4, "seed": 3}, ["holds another run's ledger", "choose another directory", "auto"]),
+        ({**again, "seed": 7}, ["run with seed 3; this one has 7", "resume with the same settings"]),
+        ({**again, "seed": 3, "dataset": data / "heldout.jsonl"}, ["is of a run with dataset", "rows, hash"]),
+    ]:
+        assert_one_message(train(run.parent, **changes).wait(), parts)
     assert trained(run) == before
 
 
