@@ -23,9 +23,17 @@ def demo_model() -> Path:
     return DEMO_MODEL
 
 
-@pytest.fixture(scope="session", params=["qwen3", "llama", "gemma2"])
+@pytest.fixture(scope="session", params=["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3"])
 def random_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a random model, one architecture after the other."""
     from tests.server.models import save_model
 
     return save_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that never ends a text of its own accord."""
+    from tests.server.models import save_endless_model
+
+    return save_endless_model(tmp_path_factory.mktemp("endless"))

@@ -36,14 +36,6 @@ def rollout_config(parsed: Parsed) -> RolloutConfig:
             f"--tensor_parallel_size {config.tensor_parallel_size}: the torch engine runs on one device, and the vllm "
             "engine, which would span several, is not in this version; set 1"
         )
-    if config.data_parallel_size > 1:
-        count = config.data_parallel_size
-        ports = " ".join(str(config.port + index) for index in range(count))
-        raise UserError(
-            f"--data_parallel_size {count}: the torch engine is one replica; start {count} servers, each on a device "
-            f"and a port of its own, and list them for the trainer, as in --vllm_server_host HOST "
-            f"--vllm_server_port {ports}"
-        )
     if config.api_key == "":
         raise UserError("--api_key is empty: give a key, or leave the flag out to have one made")
     return msgspec.structs.replace(config, engine="torch")

@@ -99,9 +99,6 @@ TRAIN_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
     "quant_method": _refused("weights are not quantized here; leave it out", _NONE),
     "quant_bits": _refused("weights are not quantized here; leave it out", _ZERO),
     # Sampling.
-    "min_p": _refused("the torch engine samples with --temperature, --top_p and --top_k; set 0", _ZERO),
-    "repetition_penalty": _refused("it would make the sampler another policy than the trainer's; set 1", _ONE),
-    "stop_words": _refused("completions end at the model's own end token; leave it out", ("[]", *_NONE)),
     "structured_outputs_regex": _refused("it would make the sampler another policy than the trainer's", _NONE),
     # Servers.
     "vllm_server_group_port": _unused("weights travel over the server's one port, or shared memory"),

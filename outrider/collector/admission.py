@@ -56,11 +56,18 @@ class Gate:
     running: dict[int, int] = field(default_factory=dict)  # group id → deadline
     _due: Counter[int] = field(default_factory=Counter)  # deadline → running groups that have it
 
+    def oldest_admitted(self) -> int | None:
+        """The oldest version with which a group may start now; None when none may, for there are no more steps."""
+        place = self.next_step * self.groups_per_batch + self.pending
+        if place >= self.max_steps * self.groups_per_batch:
+            return None
+        # place < (version + K + 1)·N, solved for the version.
+        return place // self.groups_per_batch - self.max_staleness
+
     def admits(self, version: int) -> bool:
         """Whether a group may start now on a server that holds ``version``."""
-        place = self.next_step * self.groups_per_batch + self.pending
-        horizon = min(version + self.max_staleness + 1, self.max_steps)
-        return place < horizon * self.groups_per_batch
+        oldest = self.oldest_admitted()
+        return oldest is not None and version >= oldest
 
     def start(self, group: int, version: int) -> int:
         """A group starts on a server that holds ``version``; returns its deadline."""

@@ -1,23 +1,30 @@
 """One server, seen from the collector. Requests about weights have connections of their own."""
 
 import os
+import re
 from typing import TypeVar
 
 import aiohttp
 import msgspec
+from yarl import URL
 
+from outrider.collector.answers import ACCEPT, read_answer
 from outrider.contract import routes
-from outrider.contract.control import CommitRequest, ServerInfo, StageRequest, WeightStatus
+from outrider.contract.control import CommitRequest, Inflight, ServerInfo, StageRequest, WeightStatus
 from outrider.contract.errors import ErrorBody
-from outrider.contract.generation import CompletionRequest, CompletionResponse
+from outrider.contract.generation import CompletionRequest
 from outrider.contract.manifest import Manifest
+from outrider.environments.base import Completion
+
+#: Gauges of vLLM and of the torch engine, one line for each engine behind the port.
+_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{.*\})? ([\d.e+]+)", re.MULTILINE)
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
-#: Deadlines of control requests, seconds. A stage moves a whole model.
+#: Deadlines of control requests, seconds. A stage moves a whole model, and a commit may wait for what is in flight.
 INFO_TIMEOUT = 5.0
 STAGE_TIMEOUT = 600.0
-COMMIT_TIMEOUT = 60.0
+COMMIT_TIMEOUT: dict[Inflight, float] = {"keep": 60.0, "recompute": 60.0, "wait": 3600.0}
 
 
 class ServerLost(Exception):
@@ -41,7 +48,7 @@ class ServerClient:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._encode = msgspec.json.Encoder().encode
-        self._decode_completion = msgspec.json.Decoder(CompletionResponse).decode
+        self._completions = URL(self.url + routes.COMPLETIONS)
         self._data = self._session(limit=0)
         self._control = self._session(limit=4)
 
@@ -52,15 +59,14 @@ class ServerClient:
             headers={**self._headers, "Content-Type": "application/json"},
         )
 
-    async def complete(self, request: CompletionRequest, run_id: str) -> CompletionResponse:
-        """Ask for completions sampled from the weights of ``run_id``. Raises ServerLost or Refused."""
+    async def complete(self, request: CompletionRequest, run_id: str) -> list[Completion]:
+        """Ask for completions sampled from the weights of ``run_id``. Raises ServerLost, Refused or BadAnswer."""
+        headers = {routes.RUN_HEADER: run_id, "Accept": ACCEPT}
         try:
-            async with self._data.post(
-                self.url + routes.COMPLETIONS, data=self._encode(request), headers={routes.RUN_HEADER: run_id}
-            ) as answer:
+            async with self._data.post(self._completions, data=self._encode(request), headers=headers) as answer:
                 body = await answer.read()
                 if answer.status == 200:
-                    return self._decode_completion(body)
+                    return read_answer(body, answer.headers.get("Content-Type", ""), self.url)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ServerLost(f"{self.url}: {_reason(error)}") from error
         except msgspec.MsgspecError as error:
@@ -83,10 +89,18 @@ class ServerClient:
         """Have a version fetched. Raises ServerLost or Refused."""
         return await self._ask("POST", routes.STAGE, StageRequest(manifest=manifest), WeightStatus, STAGE_TIMEOUT)
 
-    async def commit(self, run_id: str, version: int) -> WeightStatus:
-        """Have the staged version put to use. Raises ServerLost or Refused."""
-        body = CommitRequest(run_id=run_id, version=version)
-        return await self._ask("POST", routes.COMMIT, body, WeightStatus, COMMIT_TIMEOUT)
+    async def commit(self, run_id: str, version: int, inflight: Inflight = "keep") -> WeightStatus:
+        """Have the staged version put to use. inflight: what becomes of requests in flight. Raises ServerLost or
+        Refused."""
+        body = CommitRequest(run_id=run_id, version=version, inflight=inflight)
+        return await self._ask("POST", routes.COMMIT, body, WeightStatus, COMMIT_TIMEOUT[inflight])
+
+    async def requests(self) -> float | None:
+        """Requests that the server runs or lets wait, by its metrics; None where these do not tell. Raises ServerLost
+        or Refused."""
+        text = (await self._bytes("GET", routes.METRICS, None, INFO_TIMEOUT)).decode(errors="replace")
+        found = _REQUESTS.findall(text)
+        return sum(map(float, found)) if found else None
 
     async def drop_requests(self) -> None:
         """Break the connections of all completions in flight; each of them raises ServerLost."""

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,16 +15,22 @@ from outrider.collector.config import CollectorSpec
 from outrider.collector.evaluation import with_prompt
 from outrider.collector.groups import Group, samples_of, set_advantages
 from outrider.collector.ledger import Backlog, Ledger
-from outrider.collector.pool import Pool, RolloutFailed, Server
+from outrider.collector.pool import Pool, RolloutFailed
 from outrider.collector.prompts import Order, OverlongPrompt, Prompt, PromptSet
 from outrider.collector.reward_runner import RewardFailed, RewardRunner
-from outrider.collector.stats import Tally
+from outrider.collector.server import Server
+from outrider.collector.stats import Tally, idle_share, mean_seconds
 from outrider.contract.errors import UserError
 from outrider.contract.feed import Batch, Failure, FromCollector, Notice, PoolStatus
 from outrider.contract.generation import CompletionRequest
 from outrider.environments.base import Completion, Environment
 
 log = logging.getLogger(__name__)
+
+#: Groups started before anything else gets its turn, so that what comes in does not wait for thousands to start.
+BURST = 32
+#: Rows of the dataset read at once.
+ROWS_AHEAD = 64
 
 
 class Collector:
@@ -46,10 +53,11 @@ class Collector:
         self.gate = Gate(spec.groups_per_batch, spec.max_staleness)
         self.order = Order(len(prompts), spec.seed, spec.data.dataset_shuffle)
         self.finished: dict[int, Group] = {}
-        self.tally = Tally(pool.servers)
+        self.tally = Tally(pool, rewards)
         self.changed = asyncio.Event()
+        self._shippable = asyncio.Event()
         self._next_group = 0
-        self._again: list[int] = []
+        self._again: deque[int] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty_batches = self._failures_in_a_row = self._rejected_in_a_row = self._resampled = 0
         self._tokens = 0
@@ -58,39 +66,49 @@ class Collector:
         """Collect for the steps ``start_step`` to ``max_steps`` - 1, until cancelled. Raises UserError when it
         cannot go on."""
         self.gate.next_step, self.gate.max_steps = start_step, max_steps
+        self.tally.restart(time.monotonic())
         await self._take_up(self.ledger.backlog(start_step))
+        # Side by side: while a batch waits for the ledger, rollouts are started.
+        loops = [asyncio.create_task(self._keep_starting()), asyncio.create_task(self._keep_shipping())]
         try:
-            while True:
-                self.changed.clear()
-                await self._ship_what_is_ready()
-                self._start_what_is_admitted()
-                await self.changed.wait()
+            await asyncio.gather(*loops)
         finally:
-            for task in self._tasks:
+            tasks = [*loops, *self._tasks]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _take_up(self, backlog: Backlog) -> None:
         """Go on where an earlier process of this run ended."""
-        self._next_group, self._again = backlog.next_group, backlog.missing
+        self._next_group, self._again = backlog.next_group, deque(backlog.missing)
         while self.gate.next_step in backlog.replays:
             groups = backlog.replays.pop(self.gate.next_step)
             self.gate.pending += self.spec.groups_per_batch
-            await self._ship(groups)
+            self._ship(groups, time.monotonic())
         for group in backlog.finished:
             self.finished[group.id] = group
             self.gate.pending += 1
 
     # ---- starting ----------------------------------------------------------------------------------------------
 
-    def _start_what_is_admitted(self) -> None:
+    async def _keep_starting(self) -> None:
         while True:
-            server = next((s for s in self.pool.free_servers() if self.gate.admits(s.version)), None)
-            if server is None:
-                return
-            drawn = self._draw()
-            if drawn is None:
-                continue
+            self.changed.clear()
+            started = 0
+            while self._start_one():
+                started += 1
+                if started % BURST == 0:
+                    await asyncio.sleep(0)
+            await self.changed.wait()
+
+    def _start_one(self) -> bool:
+        """Start the next group if it is admitted; whether there may be another one to start."""
+        oldest = self.gate.oldest_admitted()
+        server = None if oldest is None else self.pool.free_server(oldest)
+        if server is None:
+            return False
+        drawn = self._draw()
+        if drawn is not None:
             group_id, prompt = drawn
             deadline = self.gate.start(group_id, server.version)
             # Occupied now, not when the request goes out, so that the next group sees the load.
@@ -98,16 +116,17 @@ class Collector:
             task = asyncio.create_task(self._make_group(group_id, deadline, prompt, server))
             self._tasks.add(task)
             task.add_done_callback(self._task_ended)
+        return True
 
     def _draw(self) -> tuple[int, Prompt] | None:
         """The next group's id and prompt; None when the prompt is too long and was rejected."""
         if self._again:
-            group_id = self._again.pop(0)
+            group_id = self._again.popleft()
         else:
             group_id = self._next_group
             self._next_group += 1
         try:
-            prompt = self.prompts.get(self.order.row(group_id))
+            prompt = self.prompts.get(self.order.row(group_id), lambda: self.order.rows(group_id, ROWS_AHEAD))
         except OverlongPrompt as error:
             log.warning("prompt rejected: %s", error)
             self.tally.rejected += 1
@@ -124,7 +143,7 @@ class Collector:
         first: Server | None = home
         version = deadline - self.spec.max_staleness
 
-        async def sample(prompt: list[int], n: int, seed: int) -> list[Completion]:
+        async def sample(prompt: Sequence[int], n: int, seed: int) -> list[Completion]:
             nonlocal first
             server, first = first, None
             # A repetition on a server that lags would make the group older than the gate has reckoned with.
@@ -148,7 +167,7 @@ class Collector:
         self.finished[group_id] = group
         self.ledger.finished(group)
         self._failures_in_a_row = 0
-        self.changed.set()
+        self._shippable.set()
 
     def _give_up(self, group_id: int, reason: str) -> None:
         """A group is lost, and the run goes on, unless nothing but that happens."""
@@ -161,7 +180,9 @@ class Collector:
         limit = max(16, 2 * self.spec.groups_per_batch)
         if self._failures_in_a_row >= limit:
             self.send(Failure(message=f"{limit} groups in a row were given up; the last one because: {reason}"))
+        # There is room for another one, and batches that waited for its sake need not any more.
         self.changed.set()
+        self._shippable.set()
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -171,36 +192,47 @@ class Collector:
 
     # ---- shipping ----------------------------------------------------------------------------------------------
 
+    async def _keep_shipping(self) -> None:
+        while True:
+            self._shippable.clear()
+            await self._ship_what_is_ready()
+            await self._shippable.wait()
+
     async def _ship_what_is_ready(self) -> None:
         while self.gate.next_step < self.gate.max_steps:
             chosen = choose_batch(self.finished.values(), self.gate)
             if chosen is None:
                 return
             if self._drop_stale(chosen) or self._replace_silent(chosen) or self._drop_empty(chosen):
+                self.changed.set()  # others may start in their place
                 continue
+            began = time.monotonic()
             for group in chosen:
                 del self.finished[group.id]
             set_advantages(chosen, self.spec.rewards.scale_rewards)
-            # In the ledger before it is on its way: a batch the trainer has seen is never made twice.
+            # In the ledger before it is on its way: a batch the trainer has seen is never made twice. Groups that start
+            # in the meantime make no difference: their place in the queue is the same before and after the shipping.
             await asyncio.wrap_future(self.ledger.trained(self.gate.next_step, chosen))
-            await self._ship(chosen)
+            self._ship(chosen, began)
 
-    async def _ship(self, groups: list[Group]) -> None:
+    def _ship(self, groups: list[Group], began: float) -> None:
+        """Hand a batch to the trainer. began: when work on it did, of ``time.monotonic``."""
         step = self.gate.next_step
         silent = [group for group in groups if not group.has_signal]
         self.tally.zero_variance += len(silent)
         shipped = groups
         if self.spec.drop_zero_variance:
             shipped = [group for group in groups if group.has_signal]
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        epoch = self._next_group / len(self.prompts)
+        samples = samples_of(shipped)
         self.send(
             Batch(
                 step=step,
-                samples=samples_of(shipped),
-                sequences=len(rollouts),
+                samples=samples,
+                sequences=sum(len(group.rollouts) for group in groups),
                 tokens=sum(group.tokens for group in groups),
-                stats=self.tally.batch(step, groups, self.rewards.seconds, epoch),
+                stats=self.tally.batch(
+                    step, groups, time.monotonic() - began, epoch=self._next_group / len(self.prompts)
+                ),
             )
         )
         self._empty_batches = self._resampled = 0
@@ -251,11 +283,13 @@ class Collector:
 
     async def report(self, interval: float = 0.5) -> None:
         """Tell the trainer about twice a second how things stand."""
-        idle, tokens, at = self._idle_seconds(), self._tokens, time.monotonic()
+        servers = self.pool.servers
+        at = time.monotonic()
+        busy, tokens = mean_seconds(servers, "busy", at), self._tokens
         while True:
             await asyncio.sleep(interval)
             now = time.monotonic()
-            new_idle, elapsed, servers = self._idle_seconds(), now - at, self.pool.servers
+            new_busy, elapsed = mean_seconds(servers, "busy", now), now - at
             self.send(
                 PoolStatus(
                     servers_alive=sum(server.alive for server in servers),
@@ -265,10 +299,7 @@ class Collector:
                     groups_finished=len(self.finished),
                     rollouts_running=sum(server.running for server in servers),
                     tokens_per_second=(self._tokens - tokens) / elapsed,
-                    generation_idle_share=min(1.0, (new_idle - idle) / elapsed / len(servers)),
+                    generation_idle_share=idle_share(new_busy - busy, elapsed),
                 )
             )
-            idle, tokens, at = new_idle, self._tokens, now
-
-    def _idle_seconds(self) -> float:
-        return sum(server.idle_seconds() for server in self.pool.servers)
+            busy, tokens, at = new_busy, self._tokens, now

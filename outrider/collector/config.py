@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from outrider.contract.control import Inflight
 from outrider.contract.options import PositiveInt, Section, option
 from outrider.rewards.settings import RewardSettings
 
@@ -70,6 +71,22 @@ class SamplingConfig(Section):
     temperature: Annotated[float, option("Sampling temperature", gt=0, le=100)] = 0.9
     top_p: Annotated[float, option("Nucleus sampling; 1 is off", gt=0, le=1)] = 1.0
     top_k: Annotated[int, option("Sample from the k most likely tokens; -1 is off", ge=-1)] = -1
+    min_p: Annotated[
+        float, option("Sample from tokens at least this share as likely as the likeliest; 0 is off", ge=0, le=1)
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, option("Makes tokens of prompt and completion less likely; 1 is off", gt=0, le=100)
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, option("Taken once from the logits of tokens of the completion; 0 is off", ge=-2, le=2)
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, option("Taken from the logits of tokens of the completion for each occurrence; 0 is off", ge=-2, le=2)
+    ] = 0.0
+    stop_words: Annotated[
+        Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(max_length=16)],
+        option("Texts that end a completion, and are cut off its text", aliases=("stop",)),
+    ] = ()
     max_completion_length: Annotated[int, option("Longest completion in tokens", ge=1)] = 512
 
 
@@ -110,6 +127,13 @@ class StalenessConfig(Section):
                "or 1 with --async_generate)"),
     ] = None  # fmt: skip
     async_generate: Annotated[bool | None, option("ms-swift's name for --max_staleness 1")] = None
+    inflight: Annotated[
+        Inflight,
+        option(
+            "Rollouts in flight when a server takes new weights: keep: go on with their keys and values; recompute: "
+            "make these anew and keep the tokens; wait: end them first, starting no others"
+        ),
+    ] = "keep"
     max_empty_batches: Annotated[
         int, option("Stop after so many batches in a row in which no group had two different rewards", ge=1)
     ] = 20

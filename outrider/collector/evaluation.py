@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from outrider.algorithm.advantages import combine_rewards
@@ -85,20 +86,11 @@ class Evaluation:
             return None
         return prompt, group, combine_rewards(rewards, self.weights), rewards
 
-    async def _sample(self, prompt: list[int], n: int, seed: int) -> list[Completion]:
+    async def _sample(self, prompt: Sequence[int], n: int, seed: int) -> list[Completion]:
         return await self.pool.complete(None, with_prompt(self.template, prompt, n, seed))
 
 
-def with_prompt(template: CompletionRequest, prompt: list[int], n: int, seed: int) -> CompletionRequest:
-    """A request with the sampling parameters of ``template``."""
-    return CompletionRequest(
-        prompt=prompt,
-        n=n,
-        seed=seed,
-        max_tokens=template.max_tokens,
-        temperature=template.temperature,
-        top_p=template.top_p,
-        top_k=template.top_k,
-        logprobs=0,
-        return_token_ids=True,
-    )
+def with_prompt(template: CompletionRequest, prompt: Sequence[int], n: int, seed: int) -> CompletionRequest:
+    """A request with the sampling parameters of ``template``, for all that rollouts need to know of their tokens."""
+    tokens = prompt if isinstance(prompt, list) else list(prompt)
+    return msgspec.structs.replace(template, prompt=tokens, n=n, seed=seed, logprobs=0, return_token_ids=True)

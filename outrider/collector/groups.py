@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from outrider.algorithm.advantages import ScaleRewards, group_advantages, has_signal
-from outrider.contract.feed import Sample, pack_floats, pack_ints
+from outrider.contract.arrays import pack_floats, pack_ints
+from outrider.contract.feed import Sample
 from outrider.environments.base import Rollout
 
 
@@ -35,7 +37,7 @@ class Group:
         """Tokens that the policy sampled."""
         return sum(trained_tokens(rollout) for rollout in self.rollouts)
 
-    @property
+    @cached_property
     def has_signal(self) -> bool:
         return has_signal(np.asarray(self.rewards))
 
@@ -65,5 +67,5 @@ def samples_of(groups: Sequence[Group]) -> list[Sample]:
         )
         for group in groups
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        if rollout.tokens
+        if len(rollout.tokens)
     ]

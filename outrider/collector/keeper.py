@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from outrider.collector.client import Refused, ServerLost
-from outrider.collector.pool import Server
 from outrider.collector.preflight import Expected, check_server
+from outrider.collector.server import Server
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.manifest import Manifest
@@ -19,6 +19,9 @@ HEARTBEAT = 2.0
 REVIVAL = 0.5
 #: Probes in a row that must fail before a server counts as down: one may be late on a loaded machine.
 MISSED = 2
+#: Seconds without an answer after which a server that owes some is asked whether it works on them. How long a rollout
+#: takes says nothing; that nothing runs where something should does.
+SILENCE = 30.0
 
 
 class Keeper:
@@ -61,9 +64,9 @@ class Keeper:
         client = self.server.client
         status = await client.stage(manifest)
         self.server.stage_seconds += status.stage_seconds
-        status = await client.commit(manifest.run_id, manifest.version)
+        status = await client.commit(manifest.run_id, manifest.version, self.expected.inflight)
         self.server.commit_seconds += status.commit_seconds
-        self.server.version = manifest.version
+        self.server.holds(manifest.version)
         self._stage_failures = 0
         self.changed()
 
@@ -82,7 +85,8 @@ class Keeper:
         await asyncio.sleep(REVIVAL)
 
     async def _wait(self) -> None:
-        """Sleep until there is a new version, a request has failed, or it is time for a probe; then probe."""
+        """Sleep until there is a new version, a request has failed, or it is time for a probe; then probe, unless the
+        server has answered requests of this run in the meantime: that is proof enough."""
         waits = [asyncio.create_task(self.wake.wait()), asyncio.create_task(self.server.lost.wait())]
         done, pending = await asyncio.wait(waits, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
@@ -92,15 +96,20 @@ class Keeper:
             return
         if done:  # a request failed: look at once
             await self._probe()
-            self.server.lost.clear()
+            self.server.trust()
+            return
+        now = time.monotonic()
+        if now - self.server.answered < HEARTBEAT:
             return
         for attempt in range(MISSED):
             try:
                 await self._probe()
-                return
+                break
             except ServerLost:
                 if attempt == MISSED - 1:
                     raise
+        if self.server.running and now - self.server.heard > SILENCE:
+            await self._look_for_requests()
 
     async def _probe(self) -> None:
         """Raises ServerLost when the server is gone, or holds other weights than it was given: it was restarted."""
@@ -113,8 +122,16 @@ class Keeper:
             )
         if self.server.info is not None and info.draining != self.server.info.draining:
             self.notice(f"server {self.server.url} " + ("is draining" if info.draining else "takes requests again"))
-        self.server.info = info
+        self.server.describe(info)
         self.changed()
+
+    async def _look_for_requests(self) -> None:
+        """Raises ServerLost when the server knows nothing of the requests that it has not answered."""
+        if await self.server.client.requests() == 0:
+            raise ServerLost(
+                f"{self.server.url} says that no request runs or waits there, while {self.server.running} rollouts "
+                f"have been waiting for its answer for more than {SILENCE:g} s"
+            )
 
     async def _look(self) -> ServerInfo:
         """Who answers there. Raises ServerLost when nobody does, or only a server whose engine has stopped."""
@@ -125,8 +142,7 @@ class Keeper:
         return await self.server.client.info()
 
     async def _lose(self, reason: str) -> None:
-        self.server.alive, self.server.version = False, -1
-        self.server.lost.clear()
+        self.server.down()
         await self.server.client.drop_requests()
         self.notice(f"server lost: {reason}")
         self.changed()
@@ -146,8 +162,7 @@ class Keeper:
                     complaint = str(error)
                     self.notice(f"server {self.server.url} is back but cannot be used: {complaint}")
             await asyncio.sleep(REVIVAL)
-        self.server.info, self.server.alive = info, True
-        self.server.lost.clear()
+        self.server.up(info)
         self.notice(f"server {self.server.url} is back after {time.monotonic() - since:.0f} s")
         self.changed()
 

@@ -10,7 +10,9 @@ import contextlib
 import fcntl
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,24 +20,31 @@ from typing import Any, BinaryIO
 import msgspec
 
 from outrider.collector.groups import Group
+from outrider.contract.arrays import pack_floats, pack_ints
 from outrider.contract.errors import UserError
-from outrider.contract.feed import pack_floats, pack_ints, unpack_floats, unpack_ints
 from outrider.contract.generation import VersionSpan
 from outrider.contract.rollouts import RolloutRow
-from outrider.environments.base import Rollout
+from outrider.environments.base import Rollout, logprob_array, token_array
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS groups (
     id INTEGER PRIMARY KEY, state TEXT NOT NULL CHECK (state IN ('finished', 'trained', 'dropped')),
-    step INTEGER, reason TEXT, deadline INTEGER, prompt TEXT NOT NULL, prompt_tokens BLOB NOT NULL);
+    step INTEGER, reason TEXT, deadline INTEGER, prompt TEXT NOT NULL, prompt_tokens BLOB NOT NULL, advantages TEXT);
 CREATE TABLE IF NOT EXISTS rollouts (
     group_id INTEGER NOT NULL REFERENCES groups (id), place INTEGER NOT NULL, tokens BLOB NOT NULL,
     logprobs BLOB NOT NULL, versions BLOB NOT NULL, mask BLOB, text TEXT NOT NULL, finish_reason TEXT NOT NULL,
-    server TEXT NOT NULL, reward REAL, rewards TEXT NOT NULL, advantage REAL, PRIMARY KEY (group_id, place))
-    WITHOUT ROWID;
+    server TEXT NOT NULL, reward REAL, rewards TEXT NOT NULL, PRIMARY KEY (group_id, place));
 CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
 """
+
+#: Seconds that a write may wait for others. A thread that wakes for every group costs more than its writes do.
+LINGER = 0.02
+#: Of the tables above; kept in the file, so that one of another layout is refused by name.
+_LAYOUT = 2
+#: A rollout is several kilobytes: with pages of SQLite's usual 4 it costs twice the CPU time. The log is written back
+#: every so many pages, which is when the disk is waited for.
+_PAGE_BYTES, _CHECKPOINT_PAGES = 32768, 2000
 
 
 class Backlog(msgspec.Struct):
@@ -52,7 +61,8 @@ class Backlog(msgspec.Struct):
 
 
 class Ledger:
-    """Writes on a thread of its own, so that a slow disk never holds up a rollout.
+    """Writes on a thread of its own, so that a slow disk never holds up a rollout. What is handed over within
+    ``LINGER`` seconds goes into one transaction, unless somebody waits for it.
 
     Once a write has failed, all later ones fail as it did: who waits for any of them hears of it.
     """
@@ -62,6 +72,9 @@ class Ledger:
         is of another run, cannot be written, or is in the way of a new run."""
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._outstanding: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._scheduled = False
+        self._urgent = threading.Event()
         self._broken: UserError | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +95,8 @@ class Ledger:
                 f"ledger {path} is of a run with {name} {known.get(name)}; this one has {facts[name]}: "
                 "resume with the same settings, or choose another --output_dir"
             )
-        self._submit(lambda: self._db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", facts.items())).result()
+        keep = "INSERT OR IGNORE INTO facts VALUES (?, ?)"
+        self._submit(lambda: self._db.executemany(keep, facts.items()), urgent=True).result()
 
     def finished(self, group: Group) -> "Future[Any]":
         """Record a group that waits for its batch."""
@@ -96,7 +110,8 @@ class Ledger:
                 self._insert(group, "dropped", reason)
             else:
                 self._db.execute(
-                    "INSERT OR REPLACE INTO groups VALUES (?, 'dropped', NULL, ?, NULL, '', x'')", (group_id, reason)
+                    "INSERT OR REPLACE INTO groups VALUES (?, 'dropped', NULL, ?, NULL, '', x'', NULL)",
+                    (group_id, reason),
                 )
 
         return self._submit(write)
@@ -105,15 +120,13 @@ class Ledger:
         """Record which groups make up the batch of ``step``, with their advantages."""
 
         def write() -> None:
+            # Advantages are beside the step and not in the rollouts, whose rows would be written once more for them.
             self._db.executemany(
-                "UPDATE groups SET state = 'trained', step = ? WHERE id = ?", [(step, group.id) for group in groups]
-            )
-            self._db.executemany(
-                "UPDATE rollouts SET advantage = ? WHERE group_id = ? AND place = ?",
-                [(value, group.id, place) for group in groups for place, value in enumerate(group.advantages)],
+                "UPDATE groups SET state = 'trained', step = ?, advantages = ? WHERE id = ?",
+                [(step, json.dumps(group.advantages), group.id) for group in groups],
             )
 
-        return self._submit(write)
+        return self._submit(write, urgent=True)
 
     def backlog(self, start_step: int) -> Backlog:
         """What there is to take up for a run that goes on with ``start_step``."""
@@ -121,36 +134,56 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is outstanding and close the file."""
+        self._urgent.set()
         self._thread.submit(self._db.close).result()
         self._thread.shutdown()
         self._lock.close()
 
-    def _submit(self, write: Any) -> "Future[Any]":
-        def transaction() -> None:
-            if self._broken is not None:
-                raise self._broken
-            try:
-                with self._db:
-                    write()
-            except sqlite3.Error as error:
-                # Remembered: a group that is missing must not go unnoticed because there is space for its step.
-                self._broken = UserError(
-                    f"ledger {self.path}: cannot be written: {error}; free space there, then go on with "
-                    "--resume_from_checkpoint auto"
-                )
-                raise self._broken from error
+    def _submit(self, write: Callable[[], Any], urgent: bool = False) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self._outstanding.append((write, future))
+        if urgent:
+            self._urgent.set()
+        if not self._scheduled:
+            self._scheduled = True
+            self._thread.submit(self._write_outstanding)
+        return future
 
-        return self._thread.submit(transaction)
+    def _write_outstanding(self) -> None:
+        """All that waits, in one transaction."""
+        self._urgent.wait(LINGER)
+        self._urgent.clear()
+        # Before anything is taken: what is handed over from here on schedules another call.
+        self._scheduled = False
+        writes = [self._outstanding.popleft() for _ in range(len(self._outstanding))]
+        try:
+            if self._broken is None:
+                with self._db:
+                    for write, _ in writes:
+                        write()
+        except sqlite3.Error as error:
+            # Remembered: a group that is missing must not go unnoticed because there is space for its step.
+            self._broken = UserError(
+                f"ledger {self.path}: cannot be written: {error}; free space there, then go on with "
+                "--resume_from_checkpoint auto"
+            )
+        for _, future in writes:
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever waited has gone
+            if self._broken is None:
+                future.set_result(None)
+            else:
+                future.set_exception(self._broken)
 
     def _insert(self, group: Group, state: str, reason: str | None) -> None:
         prompt_tokens = pack_ints(group.rollouts[0].prompt) if group.rollouts else b""
         self._db.execute("DELETE FROM rollouts WHERE group_id = ?", (group.id,))
         self._db.execute(
-            "INSERT OR REPLACE INTO groups VALUES (?, ?, NULL, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO groups VALUES (?, ?, NULL, ?, ?, ?, ?, NULL)",
             (group.id, state, reason, group.deadline, group.prompt, prompt_tokens),
         )
         self._db.executemany(
-            "INSERT INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            "INSERT INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     group.id,
@@ -163,7 +196,7 @@ class Ledger:
                     rollout.finish_reason,
                     rollout.server,
                     group.rewards[place] if group.rewards else None,
-                    json.dumps({name: values[place] for name, values in group.per_function.items()}),
+                    msgspec.json.encode({name: values[place] for name, values in group.per_function.items()}).decode(),
                 )
                 for place, rollout in enumerate(group.rollouts)
             ],
@@ -186,19 +219,33 @@ def _lock(path: Path) -> BinaryIO:
 
 def _open(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, check_same_thread=False)
+    db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # before there is anything in it
     db.execute("PRAGMA journal_mode = WAL")
     # A power cut may cost the last moments, a killed process nothing; the file is sound either way.
     db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+    empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    [layout] = db.execute("PRAGMA user_version").fetchone()
+    if not empty and layout != _LAYOUT:
+        raise UserError(
+            f"ledger {path} has layout {layout}, and this version of Outrider writes layout {_LAYOUT}: choose another "
+            "--output_dir, or go on with the version that began the run"
+        )
     db.executescript(_SCHEMA)
+    db.execute(f"PRAGMA user_version = {_LAYOUT}")
     return db
 
 
 def _backlog(db: sqlite3.Connection, start_step: int) -> Backlog:
     replays: dict[int, list[Group]] = {}
     finished = []
-    query = "SELECT id, state, step, deadline, prompt, prompt_tokens FROM groups WHERE state = 'finished' OR step >= ?"
-    for group_id, state, step, deadline, prompt, prompt_tokens in db.execute(query + " ORDER BY id", (start_step,)):
-        group = _read_group(db, group_id, deadline, prompt, unpack_ints(prompt_tokens).tolist())
+    query = (
+        "SELECT id, state, step, deadline, prompt, prompt_tokens, advantages FROM groups "
+        "WHERE state = 'finished' OR step >= ? ORDER BY id"
+    )
+    for group_id, state, step, deadline, prompt, prompt_tokens, advantages in db.execute(query, (start_step,)):
+        group = _read_group(db, group_id, deadline, prompt, token_array(prompt_tokens))
+        group.advantages = json.loads(advantages or "[]")
         if state == "finished":
             finished.append(group)
         else:
@@ -209,31 +256,29 @@ def _backlog(db: sqlite3.Connection, start_step: int) -> Backlog:
     return Backlog(replays, finished, missing, next_group)
 
 
-def _read_group(db: sqlite3.Connection, group_id: int, deadline: int, prompt: str, tokens: list[int]) -> Group:
+def _read_group(db: sqlite3.Connection, group_id: int, deadline: int, prompt: str, tokens: Sequence[int]) -> Group:
     group = Group(group_id, deadline, prompt, [], [], {})
     for row in db.execute(
-        "SELECT tokens, logprobs, versions, mask, text, finish_reason, server, reward, rewards, advantage "
+        "SELECT tokens, logprobs, versions, mask, text, finish_reason, server, reward, rewards "
         "FROM rollouts WHERE group_id = ? ORDER BY place",
         (group_id,),
     ):
-        ids, logprobs, versions, mask, text, finish_reason, server, reward, rewards, advantage = row
+        ids, logprobs, versions, mask, text, finish_reason, server, reward, rewards = row
         group.rollouts.append(
             Rollout(
                 prompt=tokens,
-                tokens=unpack_ints(ids).tolist(),
-                logprobs=unpack_floats(logprobs).tolist(),
+                tokens=token_array(ids),
+                logprobs=logprob_array(logprobs),
                 versions=msgspec.msgpack.decode(versions, type=list[VersionSpan]),
                 text=text,
                 finish_reason=finish_reason,
                 server=server,
-                mask=None if mask is None else list(mask),
+                mask=mask,
             )
         )
         group.rewards.append(reward)
         for name, value in json.loads(rewards).items():
             group.per_function.setdefault(name, []).append(value)
-        if advantage is not None:
-            group.advantages.append(advantage)
     return group
 
 
@@ -258,7 +303,7 @@ def read_rollouts(path: Path, step: int | None) -> list[RolloutRow]:
     condition, values = ("g.step = ?", [step - 1]) if step is not None else ("g.step IS NULL", [])
     query = (
         "SELECT g.id, r.place, g.step, g.state, g.reason, g.prompt, r.text, r.tokens, r.reward, r.rewards, "
-        "r.advantage, r.finish_reason, r.versions, r.server FROM groups g JOIN rollouts r ON r.group_id = g.id "
+        "g.advantages, r.finish_reason, r.versions, r.server FROM groups g JOIN rollouts r ON r.group_id = g.id "
         f"WHERE {condition} ORDER BY g.id, r.place"
     )
     with _read_only(path) as db:
@@ -274,11 +319,11 @@ def read_rollouts(path: Path, step: int | None) -> list[RolloutRow]:
                 tokens=len(tokens) // 4,
                 reward=reward,
                 rewards=json.loads(rewards),
-                advantage=advantage,
+                advantage=json.loads(advantages)[place] if advantages else None,
                 finish_reason=finish_reason,
                 versions=msgspec.msgpack.decode(versions, type=list[VersionSpan]),
                 server=server,
             )
-            for group, place, trained, state, reason, prompt, text, tokens, reward, rewards, advantage, finish_reason,
+            for group, place, trained, state, reason, prompt, text, tokens, reward, rewards, advantages, finish_reason,
                 versions, server in db.execute(query, values)
         ]  # fmt: skip

@@ -1,14 +1,17 @@
-"""The servers of a run: who is up, who holds which version, and who takes the next request."""
+"""The servers of a run: who takes the next request, and what is done when one fails."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from outrider.collector.client import Refused, ServerClient, ServerLost
-from outrider.contract.control import ServerInfo
-from outrider.contract.generation import CompletionChoice, CompletionRequest, append_version, version_spans_total
+import msgspec
+
+from outrider.collector.answers import BadAnswer
+from outrider.collector.client import Refused, ServerLost
+from outrider.collector.ranking import Ranking
+from outrider.collector.server import Server
+from outrider.contract.generation import CompletionRequest, append_version
 from outrider.environments.base import Completion
 
 log = logging.getLogger(__name__)
@@ -21,63 +24,11 @@ class RolloutFailed(Exception):
     """A rollout could not be had; its group is given up and the run goes on."""
 
 
-@dataclass(eq=False)
-class Server:
-    """One server. version: of its weights, -1 until it holds any of this run. running: rollouts in flight.
-
-    lost: a request failed in a way that makes one doubt that the server is up; its keeper looks and clears this.
-    """
-
-    client: ServerClient
-    info: ServerInfo | None = None
-    alive: bool = False
-    version: int = -1
-    running: int = 0
-    limit: int = 1
-    stage_seconds: float = 0.0
-    commit_seconds: float = 0.0
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
-    _idle_since: float = field(default_factory=time.monotonic)
-    _idle_seconds: float = 0.0
-
-    @property
-    def url(self) -> str:
-        return self.client.url
-
-    @property
-    def ready(self) -> bool:
-        """Up, taking requests, and holding weights of this run."""
-        return self.alive and not self.lost.is_set() and self.version >= 0 and not self.draining
-
-    @property
-    def draining(self) -> bool:
-        """Whether it takes no new requests, as far as its keeper knows."""
-        return self.info is not None and self.info.draining
-
-    @property
-    def load(self) -> float:
-        """Rollouts in flight as a share of what it takes at once."""
-        return self.running / self.limit
-
-    def occupy(self, rollouts: int) -> None:
-        """``rollouts`` more are in flight here."""
-        if self.running == 0:
-            self._idle_seconds += time.monotonic() - self._idle_since
-        self.running += rollouts
-
-    def vacate(self, rollouts: int) -> None:
-        """``rollouts`` have ended here."""
-        self.running -= rollouts
-        if self.running == 0:
-            self._idle_since = time.monotonic()
-
-    def idle_seconds(self) -> float:
-        """Seconds without any rollout in flight, since the start."""
-        return self._idle_seconds + (time.monotonic() - self._idle_since if self.running == 0 else 0.0)
-
-
 class Pool:
-    """Chooses servers and repeats what failed, on another one where there is another one."""
+    """Chooses servers and repeats what failed, on another one where there is another one.
+
+    busy: servers with rollouts in flight. switched: called when that becomes none of them, or one again.
+    """
 
     def __init__(
         self,
@@ -85,17 +36,24 @@ class Pool:
         run_id: str,
         tries: int,
         changed: Callable[[], None],
-        decode: Callable[[list[int]], str],
+        decode: Callable[[Sequence[int]], str],
     ) -> None:
         """tries: of one request. changed: called when a server may take more work than before. decode: the text of
         token ids, as the servers make it."""
         self.servers, self.run_id, self.tries = servers, run_id, tries
+        self.busy: set[Server] = set()
+        self.switched: Callable[[], None] = lambda: None
         self._changed, self._decode = changed, decode
+        self._ranking = Ranking()
+        self._joined = asyncio.Event()
+        for server in servers:
+            server.watch = self._watch
+            self._watch(server)
 
-    def free_servers(self) -> list[Server]:
-        """Servers that can take a group now, least loaded first, newest version first among equals."""
-        ready = [server for server in self.servers if server.ready and server.running < server.limit]
-        return sorted(ready, key=lambda server: (server.load, -server.version))
+    def free_server(self, at_least: int) -> Server | None:
+        """The least loaded server that holds this version or a later one, if it can take a group now."""
+        server = self._ranking.least_loaded(at_least)
+        return server if server is not None and server.running < server.limit else None
 
     async def complete(self, first: Server | None, request: CompletionRequest, at_least: int = 0) -> list[Completion]:
         """The request's ``n`` completions, from server ``first`` if it stays up. The caller has occupied ``first``
@@ -104,74 +62,78 @@ class Pool:
         Completions that a draining server cut off go on elsewhere from the tokens there are. Raises RolloutFailed
         when the request is refused for what it is, or when its tries are used up.
         """
-        choices, server = await self._ask(first, request, at_least)
-        completions = [_completion(choice, server) for choice in choices]
+        completions = await self._ask(first, request, at_least)
         rests = [
             asyncio.create_task(self._go_on(completion, request, index, at_least))
             for index, completion in enumerate(completions)
             if completion.finish_reason == "abort"
         ]
-        try:
-            await asyncio.gather(*rests)
-        finally:
-            for rest in rests:  # when one cannot be had, the others are not needed
-                rest.cancel()
+        if rests:
+            try:
+                await asyncio.gather(*rests)
+            finally:
+                for rest in rests:  # when one cannot be had, the others are not needed
+                    rest.cancel()
         return completions
 
     async def _go_on(self, completion: Completion, request: CompletionRequest, index: int, at_least: int) -> None:
-        """Sample the rest of a completion that was cut off, in place."""
+        """Sample the rest of a completion that was cut off, in place.
+
+        Two things are not as without the cut. To the server the tokens there are belong to the prompt, so presence and
+        frequency penalties do not count them (the repetition penalty does). And a stop text that lies across the cut
+        ends nothing there.
+        """
         assert isinstance(request.prompt, list)
+        assert request.max_tokens is not None
         for attempt in range(self.tries + 1):
-            left = request.max_tokens - len(completion.tokens)
-            if left <= 0:
+            done = len(completion.tokens)
+            if done >= request.max_tokens:
                 completion.finish_reason = "length"
             if completion.finish_reason != "abort":
                 return
-            rest = CompletionRequest(
-                prompt=request.prompt + completion.tokens,
-                max_tokens=left,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
+            rest = msgspec.structs.replace(
+                request,
+                prompt=[*request.prompt, *completion.tokens],
+                n=1,
+                max_tokens=request.max_tokens - done,
+                min_tokens=max(0, request.min_tokens - done),
                 # Another stream than that of the tokens there are: the engine counts from 0 again.
                 seed=None if request.seed is None else (request.seed + 7919 * (index + 1) + attempt) % 2**63,
-                logprobs=0,
-                return_token_ids=True,
             )
-            [choice], server = await self._ask(None, rest, at_least)
-            more = _completion(choice, server)
+            [more] = await self._ask(None, rest, at_least)
             completion.tokens += more.tokens
             completion.logprobs += more.logprobs
             for version, count in more.versions:
                 append_version(completion.versions, version, count)
             # Not the sum of two texts: a character or a space may lie across the cut.
-            completion.text = self._decode(completion.tokens)
+            completion.text = _until_stop(self._decode(completion.tokens), request)
             completion.finish_reason, completion.server = more.finish_reason, more.server
         raise RolloutFailed(f"cut off {self.tries + 1} times by draining servers")
 
-    async def _ask(
-        self, first: Server | None, request: CompletionRequest, at_least: int
-    ) -> tuple[list[CompletionChoice], Server]:
+    async def _ask(self, first: Server | None, request: CompletionRequest, at_least: int) -> list[Completion]:
         pause, server = BACKOFF[0], first
         for attempt in range(self.tries + 1):
             if server is None:
                 server = await self._next_server(at_least)
                 server.occupy(request.n)
             try:
-                choices = (await server.client.complete(request, self.run_id)).choices
-                if len(choices) != request.n:
-                    raise RolloutFailed(f"{server.url} sent {len(choices)} completions where {request.n} were asked")
-                return choices, server
+                completions = await server.client.complete(request, self.run_id)
+                if len(completions) != request.n:
+                    raise BadAnswer(f"{server.url} sent {len(completions)} completions where {request.n} were asked")
+                server.answered = time.monotonic()
+                return completions
+            except BadAnswer as error:
+                raise RolloutFailed(str(error)) from error
             except ServerLost as error:
                 problem = str(error)
-                server.lost.set()
+                server.doubt()
             except Refused as error:
                 problem = f"{server.url}: {error}"
                 if not error.retryable:
                     raise RolloutFailed(problem) from error
                 if error.status in (409, 503):
                     # Restarted, taken over by another run, draining or broken: its keeper finds out.
-                    server.lost.set()
+                    server.doubt()
             finally:
                 server.vacate(request.n)
                 self._changed()
@@ -184,23 +146,27 @@ class Pool:
     async def _next_server(self, at_least: int) -> Server:
         """The least loaded server that is up and holds ``at_least`` this version. Whether to wait for ever is for
         ``watch_pool`` to say: it ends the run when no server has been up for --vllm_server_timeout."""
-        while True:
-            ready = [server for server in self.servers if server.ready and server.version >= at_least]
-            if ready:
-                return min(ready, key=lambda server: server.load)
-            await asyncio.sleep(0.1)
+        while (server := self._ranking.least_loaded(at_least)) is None:
+            await self._joined.wait()
+        return server
+
+    def _watch(self, server: Server) -> None:
+        """A server's state or load is another."""
+        if self._ranking.place(server):
+            # Those that wait look again; whoever comes later waits for the next one.
+            self._joined.set()
+            self._joined = asyncio.Event()
+        idle = not self.busy
+        if server.running:
+            self.busy.add(server)
+        else:
+            self.busy.discard(server)
+        if idle != (not self.busy):
+            self.switched()
 
 
-def _completion(choice: CompletionChoice, server: Server) -> Completion:
-    """Check what a server sent. Raises RolloutFailed when tokens, log-probabilities and versions do not match."""
-    tokens = choice.token_ids
-    logprobs = choice.logprobs.token_logprobs if choice.logprobs else None
-    versions = choice.weight_versions
-    if tokens is None or logprobs is None or versions is None:
-        raise RolloutFailed(f"{server.url} left out token ids, log-probabilities or versions")
-    if not len(tokens) == len(logprobs) == version_spans_total(versions):
-        raise RolloutFailed(
-            f"{server.url} sent {len(tokens)} tokens with {len(logprobs)} log-probabilities and "
-            f"{version_spans_total(versions)} versions"
-        )
-    return Completion(tokens, logprobs, list(versions), choice.text, choice.finish_reason, server.url)
+def _until_stop(text: str, request: CompletionRequest) -> str:
+    """The text up to the first of the request's stop texts, as a server cuts it."""
+    if request.include_stop_str_in_output:
+        return text
+    return text[: min((at for at in map(text.find, request.stops()) if at >= 0), default=len(text))]

@@ -6,19 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from outrider.collector.client import Refused, ServerClient, ServerLost
-from outrider.contract.control import ServerInfo
+from outrider.contract.control import Inflight, ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.keys import KEY_VARIABLE, key_file
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the trainer's model is."""
+    """What the trainer's model is, and what servers must be able to do. inflight: see ``CommitRequest``."""
 
     model: str
     model_fingerprint: str
     tokenizer_hash: str
     max_completion_length: int
+    inflight: Inflight = "keep"
 
 
 def check_server(url: str, info: ServerInfo, expected: Expected) -> None:
@@ -37,6 +38,12 @@ def check_server(url: str, info: ServerInfo, expected: Expected) -> None:
         raise UserError(
             f"--max_completion_length {expected.max_completion_length} leaves no room for a prompt on server {url}, "
             f"which takes {info.max_model_len} tokens in all: lower it, or give the server a larger --max_model_len"
+        )
+    able = [name.removeprefix("inflight_") for name in info.capabilities if name.startswith("inflight_")]
+    if expected.inflight not in able:
+        raise UserError(
+            f"--inflight {expected.inflight}: server {url} ({info.engine} engine) can only "
+            f"{' or '.join(able) or 'do none of it'}: choose what it can, or another server"
         )
 
 

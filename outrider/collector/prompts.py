@@ -1,9 +1,12 @@
 """Prompts: read from files or the hub, rendered, tokenized, and dealt out in an order that a seed fixes."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import xxhash
 
 from outrider.collector.config import DataConfig
 from outrider.contract.errors import UserError
+from outrider.environments.base import token_array
 
 #: Columns that hold the prompt, in the order in which they are looked for.
 PROMPT_COLUMNS = ("prompt", "messages")
@@ -25,7 +29,7 @@ class Prompt:
 
     row: int
     text: str
-    tokens: list[int]
+    tokens: array[int]
     columns: Mapping[str, Any]
 
 
@@ -48,14 +52,18 @@ class PromptSet:
         if len(rows) == 0:
             raise UserError(f"--dataset {source}: has no rows")
         self.column = column
+        self._read: dict[int, Mapping[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def get(self, row: int) -> Prompt:
-        """Render and tokenize one row. Raises OverlongPrompt, or UserError for a prompt of a wrong type."""
+    def get(self, row: int, ahead: Callable[[], Sequence[int]] | None = None) -> Prompt:
+        """Render and tokenize one row. ahead: gives this row and those that will be asked for next, which are read with
+        it. Raises OverlongPrompt, or UserError for a prompt of a wrong type."""
+        if ahead is not None and row not in self._read:
+            self._read_ahead(ahead())
         try:
-            columns = self.rows[row]
+            columns = self._read.pop(row, None) or self.rows[row]
         except (ValueError, OSError) as error:  # text that is not UTF-8, a file that has gone
             raise UserError(f"row {row} of the dataset: cannot be read: {error}") from error
         text, tokens = self._render(columns[self.column], row)
@@ -63,7 +71,14 @@ class PromptSet:
             raise OverlongPrompt(f"row {row}: prompt of {len(tokens)} tokens, at most {self.limit} fit")
         if not tokens:
             raise UserError(f"row {row} of the dataset: the prompt is empty")
-        return Prompt(row, text, tokens, columns)
+        return Prompt(row, text, token_array(tokens), columns)
+
+    def _read_ahead(self, rows: Sequence[int]) -> None:
+        """Read several rows at once, where the dataset can: one by one each costs several times as much."""
+        several = getattr(self.rows, "__getitems__", None)
+        if several is not None:
+            with contextlib.suppress(ValueError, OSError):  # told when it is the turn of the row that is at fault
+                self._read = dict(zip(rows, several(list(rows)), strict=True))
 
     def check(self) -> None:
         """Look at the first row now, so that what is wrong with all rows is known before anything starts."""
@@ -81,7 +96,7 @@ class PromptSet:
     def _render(self, prompt: object, row: int) -> tuple[str, list[int]]:
         if isinstance(prompt, str):
             if self.data.system is None:
-                return prompt, list(self.tokenizer.encode(prompt))
+                return prompt, self.tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m for m in prompt):
             raise UserError(
@@ -99,7 +114,7 @@ class PromptSet:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         except Exception as error:  # a template is a program of the model's author
             raise UserError(f"row {row} of the dataset: the tokenizer's chat template refuses it: {error}") from error
-        return text, list(self.tokenizer.encode(text, add_special_tokens=False))
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
 
 
 class Order:
@@ -112,12 +127,16 @@ class Order:
 
     def row(self, group: int) -> int:
         """Row of the dataset for group ``group``."""
+        return self.rows(group, 1)[0]
+
+    def rows(self, group: int, most: int) -> list[int]:
+        """Rows for ``group`` and those after it, ``most`` at most and no further than its epoch."""
         epoch, place = divmod(group, self.count)
         if epoch != self._epoch:
             self._epoch, self._rows = epoch, list(range(self.count))
             if self.shuffle:
                 random.Random(f"{self.seed}/{epoch}").shuffle(self._rows)
-        return self._rows[place]
+        return self._rows[place : place + most]
 
 
 def load_rows(sources: Sequence[str], flag: str) -> tuple[Any, list[str]]:

@@ -1,6 +1,7 @@
 """Runs reward functions beside generation: async ones on the event loop, plain ones in processes of their own."""
 
 import asyncio
+import inspect
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
@@ -40,11 +41,30 @@ def _call(index: int, name: str, completions: list[str], columns: dict[str, list
     if _load_problem:
         return f"reward {name}: {_load_problem}"
     try:
-        return check_rewards(name, _loaded[index].function(completions, **columns), len(completions))
+        result = _loaded[index].function(completions, **_as_lists(columns))
+        return check_rewards(name, result, len(completions))
     except RewardFailed as error:
         return str(error)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a reward costs its group, too
         return _raised(name, error)
+
+
+def _as_lists(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Columns as functions get them: token ids are lists of int there, as everywhere else in the world."""
+    if "completion_ids" not in columns:
+        return columns
+    return {**columns, "completion_ids": [list(tokens) for tokens in columns["completion_ids"]]}
+
+
+def accepted_columns(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of the columns that a reward function takes beside the completions; None: all there are."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a callable written in C does not tell
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters[1:])
 
 
 async def _await(call: Awaitable[Any]) -> Any:
@@ -68,7 +88,11 @@ def _nothing() -> None:
 
 
 class RewardRunner:
-    """Scores groups. A plain function that hangs has its process killed; the others go on."""
+    """Scores groups. A plain function that hangs has its process killed; the others go on.
+
+    seconds: of all calls, since the start. running: groups being scored. switched: called when that becomes none, or
+    one again.
+    """
 
     def __init__(
         self, specs: Sequence[str], settings: RewardSettings, plugins: Sequence[str], timeout: float, workers: int
@@ -77,7 +101,9 @@ class RewardRunner:
         self.rewards = [load_reward(spec, settings, list(plugins)) for spec in specs]
         self.names = _distinct([reward.name for reward in self.rewards], specs)
         self.timeout = timeout
-        self.seconds = 0.0
+        self.seconds, self.running = 0.0, 0
+        self.switched: Callable[[], None] = lambda: None
+        self._accepted = [accepted_columns(reward.function) for reward in self.rewards]
         self._pool: ProcessPool | None = None
         if not all(reward.is_async for reward in self.rewards):
             # Spawned, not forked: the collector has threads, and a fork would copy their locks.
@@ -98,18 +124,28 @@ class RewardRunner:
         arguments["completion_ids"] = [rollout.tokens for rollout in rollouts]
         completions = [rollout.text for rollout in rollouts]
         started = time.monotonic()
-        results = await asyncio.gather(
-            *(self._one(index, completions, arguments) for index in range(len(self.rewards)))
-        )
+        self._count(1)
+        try:
+            results = await asyncio.gather(
+                *(self._one(index, completions, arguments) for index in range(len(self.rewards)))
+            )
+        finally:
+            self._count(-1)
         self.seconds += time.monotonic() - started
         return list(results)
 
-    async def _one(self, index: int, completions: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
-        reward, name = self.rewards[index], self.names[index]
+    def _count(self, change: int) -> None:
+        before, self.running = self.running, self.running + change
+        if not before or not self.running:
+            self.switched()
+
+    async def _one(self, index: int, completions: list[str], arguments: dict[str, list[Any]]) -> list[float | None]:
+        reward, name, accepted = self.rewards[index], self.names[index], self._accepted[index]
+        columns = {key: column for key, column in arguments.items() if accepted is None or key in accepted}
         try:
             if reward.is_async:
                 function = cast(Callable[..., Awaitable[Any]], reward.function)
-                result = await asyncio.wait_for(_await(function(completions, **columns)), self.timeout)
+                result = await asyncio.wait_for(_await(function(completions, **_as_lists(columns))), self.timeout)
                 return check_rewards(name, result, len(completions))
             assert self._pool is not None
             # The time counts from when a worker takes the call, so neither its start nor the queue goes into it.

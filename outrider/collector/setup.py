@@ -33,6 +33,7 @@ def load_identity(spec: CollectorSpec) -> tuple[Any, Expected]:
         model_fingerprint=model_fingerprint(config.to_dict()),
         tokenizer_hash=tokenizer_hash(tokenizer.get_vocab(), special),
         max_completion_length=spec.sampling.max_completion_length,
+        inflight=spec.staleness.inflight,
     )
     return tokenizer, expected
 
@@ -86,24 +87,34 @@ def start_rewards(spec: CollectorSpec, sources: tuple[Source, Source | None]) ->
 
 def sampling_template(spec: CollectorSpec) -> CompletionRequest:
     """Sampling parameters of training rollouts."""
+    sampling = spec.sampling
     return CompletionRequest(
         prompt=[],
-        n=spec.sampling.num_generations,
-        max_tokens=spec.sampling.max_completion_length,
-        temperature=spec.sampling.temperature,
-        top_p=spec.sampling.top_p,
-        top_k=spec.sampling.top_k,
+        n=sampling.num_generations,
+        max_tokens=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        stop=list(sampling.stop_words) or None,
     )
 
 
 def evaluation_template(spec: CollectorSpec) -> CompletionRequest:
-    """Sampling parameters of held-out evaluation."""
+    """Sampling parameters of held-out evaluation: the model's own distribution, without what helps to explore."""
     return msgspec.structs.replace(
         sampling_template(spec),
         n=spec.evaluation.num_generations_eval,
         temperature=spec.evaluation.eval_temperature,
         top_p=1.0,
         top_k=-1,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
     )
 
 

@@ -9,6 +9,11 @@ from outrider.contract.manifest import Manifest
 EngineName = Literal["torch", "vllm"]
 StageState = Literal["idle", "staging", "staged", "failed"]
 
+#: What happens to requests in flight when a version is committed. keep: they go on with their keys and values.
+#: recompute: their keys and values are made anew with the new weights, their tokens stay. wait: the commit waits for
+#: them, and no others start meanwhile.
+Inflight = Literal["keep", "recompute", "wait"]
+
 
 class ServerInfo(msgspec.Struct, kw_only=True):
     """Answer of ``GET /outrider/info``.
@@ -44,6 +49,7 @@ class CommitRequest(msgspec.Struct, kw_only=True):
 
     run_id: str
     version: int
+    inflight: Inflight = "keep"
 
 
 class WeightStatus(msgspec.Struct, kw_only=True):

@@ -1,40 +1,15 @@
 """Messages between the collector and the trainer, over one ZeroMQ pair, encoded with MessagePack.
 
-Arrays travel as raw little-endian bytes inside the message (``IntArray``, ``FloatArray``), so that neither side
-spends Python time on single tokens.
+Arrays travel as raw bytes inside the message, see ``contract.arrays``.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
-import numpy as np
 
+from outrider.contract.arrays import FloatArray, IntArray
 from outrider.contract.control import ServerInfo
-from outrider.contract.generation import VersionSpan
 from outrider.contract.manifest import DTypeName, Manifest
-
-IntArray: TypeAlias = bytes
-FloatArray: TypeAlias = bytes
-
-
-def pack_ints(values: Any) -> IntArray:
-    """Token ids as bytes of little-endian int32."""
-    return np.asarray(values, dtype="<i4").tobytes()
-
-
-def unpack_ints(data: IntArray) -> np.ndarray:
-    """Inverse of :func:`pack_ints`; int32 [n]."""
-    return np.frombuffer(data, dtype="<i4")
-
-
-def pack_floats(values: Any) -> FloatArray:
-    """Log-probabilities as bytes of little-endian float32."""
-    return np.asarray(values, dtype="<f4").tobytes()
-
-
-def unpack_floats(data: FloatArray) -> np.ndarray:
-    """Inverse of :func:`pack_floats`; float32 [n]."""
-    return np.frombuffer(data, dtype="<f4")
 
 
 class Sample(msgspec.Struct, kw_only=True):
@@ -53,7 +28,18 @@ class Sample(msgspec.Struct, kw_only=True):
 
 
 class BatchStats(msgspec.Struct, kw_only=True):
-    """What the collector knows of a batch and the trainer logs. Rates and seconds are since the last batch."""
+    """What the collector knows of a batch and the trainer logs. Rates and seconds are since the last batch.
+
+    batch_seconds: wall clock since the last batch shipped. It is the sum of three means over the servers:
+    generation_busy_seconds: with rollouts in flight. generation_idle_seconds: up, and nothing in flight, because the
+    staleness bound or the data admits nothing. generation_down_seconds: not up, draining, or without weights of this
+    run yet. generation_idle_share: the share of the second and the third.
+
+    The others overlap with these and with each other. reward_seconds: of calls, summed over the groups.
+    reward_wait_seconds: wall clock with nothing in flight on any server and rewards still running. stage_seconds,
+    commit_seconds: of fetching weights and of switching to them, summed over the servers. pack_seconds: from the choice
+    of the batch to its shipping, which is advantages, the ledger's answer and packing.
+    """
 
     reward: float
     reward_std: float
@@ -69,10 +55,16 @@ class BatchStats(msgspec.Struct, kw_only=True):
     groups_stale: int
     prompts_rejected: int
     rollout_tokens: int
+    batch_seconds: float
+    generation_busy_seconds: float
+    generation_idle_seconds: float
+    generation_down_seconds: float
     generation_idle_share: float
     reward_seconds: float
+    reward_wait_seconds: float
     stage_seconds: float
     commit_seconds: float
+    pack_seconds: float
     epoch: float
 
 
@@ -187,11 +179,3 @@ class Stop(msgspec.Struct, kw_only=True, tag="stop"):
 
 FromCollector: TypeAlias = Ready | Batch | EvalResult | PoolStatus | Notice | Failure
 FromTrainer: TypeAlias = Begin | Published | EvaluateRequest | Stop
-
-
-def version_span_array(spans: list[VersionSpan]) -> np.ndarray:
-    """Expand run-length versions to one int64 a token."""
-    if not spans:
-        return np.zeros(0, dtype=np.int64)
-    versions, counts = zip(*spans, strict=True)
-    return np.repeat(np.asarray(versions, dtype=np.int64), counts)

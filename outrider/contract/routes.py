@@ -1,6 +1,7 @@
 """Paths of the server contract. The data plane is OpenAI's; the control plane is under ``/outrider``."""
 
 COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
 HEALTH = "/health"
 METRICS = "/metrics"

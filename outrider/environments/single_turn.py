@@ -1,12 +1,14 @@
 """One prompt, one completion."""
 
+from collections.abc import Sequence
+
 from outrider.environments.base import Rollout, Sample
 
 
 class SingleTurn:
     """The completion is the rollout. A group is one request, so that its prompt is prefilled once."""
 
-    async def rollouts(self, prompt: list[int], count: int, seed: int, sample: Sample) -> list[Rollout]:
+    async def rollouts(self, prompt: Sequence[int], count: int, seed: int, sample: Sample) -> list[Rollout]:
         return [
             Rollout(
                 prompt=prompt,

@@ -15,7 +15,7 @@ _WIDTH, _HEIGHT = 380, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 26
 _BUCKETS = 90  # more points than this are drawn as means, with a band from the lowest to the highest
 _DOTS = 30  # up to this many points each gets a dot
-_COLOURS = 5
+_COLOURS = 6
 _LARGEST = 1e100  # what is beyond is left out like nan: its square still has to be a float
 
 
@@ -73,7 +73,7 @@ class Axis:
 
 
 def render_chart(chart: Chart) -> str:
-    """``<figure>`` with a caption, a legend and the drawing. Colours are the classes ``c0`` to ``c4`` of the page."""
+    """``<figure>`` with a caption, a legend and the drawing. Colours are the classes ``c0`` to ``c5`` of the page."""
     chart = _placed(chart)
     unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
     caption = f"<figcaption>{escape(chart.title)}{unit}</figcaption>"

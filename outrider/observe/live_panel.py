@@ -1,9 +1,10 @@
-"""The live terminal panel: five cards that grow with the terminal."""
+"""The live terminal panel: six cards that grow with the terminal."""
 
 import math
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -17,9 +18,10 @@ from rich.text import Text
 from outrider.contract.feed import PoolStatus
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent, trend
+from outrider.observe.parts import SERVERS, TRAINER, Parts, shares
 from outrider.observe.printable import printable
 from outrider.observe.records import EvalRecord, StepRecord
-from outrider.observe.sparkline import bar, sparkline
+from outrider.observe.sparkline import bar, sparkline, stacked
 from outrider.observe.watch import Watch
 
 #: One line of a card: what it is, and its value.
@@ -29,6 +31,21 @@ _REFRESH_HZ = 2  # as often as the collector sends its status; a rendering takes
 _LABEL = 13  # width of the left column
 _KEPT_NOTICES = 50
 _FRAME = 4  # columns that a card's border and padding take
+_RECENT = 20  # steps that figures of the present are means of
+
+#: Colours of where time goes: work, then waiting, then the rest.
+_PART_STYLES = {
+    "train": "green",
+    "generate": "green",
+    "wait": "yellow",
+    "idle": "yellow",
+    "wait for rewards": "magenta",
+    "collate": "cyan",
+    "publish": "magenta",
+    "save": "blue",
+    "down": "red",
+    "other": "bright_black",
+}
 
 
 class LivePanel:
@@ -52,7 +69,7 @@ class LivePanel:
         self._phase = "starting"
         self._rewards: list[float] = []
         self._held_out: list[float] = []
-        self._seconds: list[float] = []
+        self._recent: deque[StepRecord] = deque(maxlen=_RECENT)
         self._step: StepRecord | None = None
         self._evaluation: EvalRecord | None = None
         self._pool: PoolStatus | None = None
@@ -79,7 +96,7 @@ class LivePanel:
             self._step = record
             self._stepped = time.monotonic()
             self._rewards.append(record.reward)
-            self._seconds.append(record.seconds)
+            self._recent.append(record)
         for text in self._watch.step(record):
             self.notice(text)
 
@@ -115,20 +132,22 @@ class LivePanel:
             return self._render()
 
     def _render(self) -> RenderableType:
-        # 17 lines are the header and two rows of cards with 5 lines each; notices get what is left, 4 at least.
-        width, spare = self._console.width, max(self._console.height - 1 - 17 - 6, 0)
+        # 23 lines are the header, two rows of cards with 4 lines each, and two lines each of time and of notices.
+        width, spare = self._console.width, max(self._console.height - 1 - 23, 0)
         shows_example = self._config.log_completions and self._example is not None and spare >= 7
         spare -= 7 if shows_example else 0
-        upper = 5 + min(spare, 4)
-        lower = 5 + min(max(spare - 4, 0) // 2, 2)
-        notices = 4 + min(max(spare - (upper - 5) - (lower - 5), 0), 6)
+        notices = 2 + min(spare, 2)
+        upper = 4 + min(max(spare - 2, 0), 5)
+        lower = 4 + min(max(spare - 7, 0) // 2, 3)
+        notices += min(max(spare - 7 - (lower - 4), 0), 6)
         half = width // 2 - _FRAME
         parts: list[RenderableType] = [
             self._header(width),
             _pair(
                 _card("Reward", self._reward_lines(half, upper), upper),
-                _card("Flow", _lines(self._flow_rows(half), upper), upper, "cyan"),
+                _card("Flow", _lines(self._flow_rows(), upper), upper, "cyan"),
             ),
+            _card("Time", self._time_lines(width - _FRAME), 2, "green"),
             _pair(
                 _card("Update", _lines(self._update_rows(), lower), lower, "magenta"),
                 _card("Rollouts", _lines(self._pool_rows(half), lower), lower, "blue"),
@@ -163,9 +182,9 @@ class LivePanel:
         )
 
     def _eta(self, step: int) -> str:
-        if not self._seconds:
+        if not self._recent:
             return "?"
-        left = mean(self._seconds[-20:]) * max(self._max_steps - step, 0)
+        left = mean(record.seconds for record in self._recent) * max(self._max_steps - step, 0)
         return duration(max(left - (time.monotonic() - self._stepped), 0.0) if step < self._max_steps else 0.0)
 
     def _reward_lines(self, width: int, height: int) -> list[RenderableType]:
@@ -193,26 +212,45 @@ class LivePanel:
         text.append("".join(sparkline(self._held_out, room)) if room > 0 and len(self._held_out) > 1 else "", "green")
         return "held-out", text
 
-    def _flow_rows(self, width: int) -> list[Row]:
-        record, pool = self._step, self._pool
+    def _flow_rows(self) -> list[Row]:
+        record = self._step
         if record is None:
             return [("", Text("waiting for the first batch", style="dim"))]
         longest = f"max {compact(record.completion_length_max)}"
         over = record.staleness_max > self._max_staleness
         oldest = Text(f"max {record.staleness_max}", "bold red" if over else "")
-        generating = pool.generation_idle_share if pool else record.generation_idle_share
-        commit = f"commit {duration(record.commit_seconds)}"
+        rewards = f"{duration(record.reward_seconds)} computing"
         return [
             ("length", _joined(number(record.completion_length), longest, f"{percent(record.truncated_share)} cut")),
             ("staleness", _joined(number(record.staleness_mean), oldest, f"K {self._max_staleness}")),
-            ("servers idle", _idle(generating, width)),
-            ("trainer idle", _idle(record.trainer_idle_share, width)),
             ("tokens/s", Text(compact(record.tokens_per_second), style="bold")),
             ("step", _joined(duration(record.seconds), f"train {duration(record.train_seconds)}")),
-            ("  waits", _joined(f"data {duration(record.wait_seconds)}", f"save {duration(record.save_seconds)}")),
-            ("weights", _joined(f"stage {duration(record.stage_seconds)}", commit)),
-            ("rewards", Text(f"{duration(record.reward_seconds)} computing")),
+            ("  batch", _joined(duration(record.batch_seconds), f"pack {duration(record.pack_seconds)}")),
+            ("rewards", _joined(rewards, f"waited {duration(record.reward_wait_seconds)}")),
+            (
+                "weights",
+                _joined(f"stage {duration(record.stage_seconds)}", f"commit {duration(record.commit_seconds)}"),
+            ),
+            ("  copying", Text(f"{duration(record.publish_wait_seconds)} waited")),
+            ("saving", Text(f"{duration(record.save_seconds)} waited")),
         ]
+
+    def _time_lines(self, width: int) -> list[RenderableType]:
+        """Where the time of the latest steps went: the trainer's, and that of the servers over the same batches."""
+        return [self._time_line("trainer", TRAINER, width), self._time_line("servers", SERVERS, width)]
+
+    def _time_line(self, side: str, parts: Parts, width: int) -> RenderableType:
+        found = shares(self._recent, parts)
+        line = Text(f"{side:<9}", style="dim", no_wrap=True, overflow="ellipsis")
+        length = max(min(width // 3, 50), 8)
+        for name, cells in zip(found, stacked(list(found.values()), length), strict=True):
+            line.append("━" * cells, f"not dim {_PART_STYLES[name]}")
+        line.append("─" * (length + 9 - line.cell_len), "bright_black")
+        for name, share in sorted(found.items(), key=lambda item: -item[1]):
+            told = f"  {name} ", percent(share)
+            if share >= 0.005 and line.cell_len + len("".join(told)) <= width:
+                line.append(told[0], f"not dim {_PART_STYLES[name]}").append(told[1], "not dim")
+        return line
 
     def _update_rows(self) -> list[Row]:
         record = self._step
@@ -223,9 +261,9 @@ class LivePanel:
         return [
             ("loss", _value(record.loss)),
             ("grad norm", _value(record.grad_norm)),
+            ("log-prob gap", _joined(gap, f"max {number(record.logprob_gap_max)}")),
             ("lr", _joined(number(record.learning_rate), f"KL {number(record.kl)}")),
             ("clipped", _joined(f"{percent(record.clip_low_share)} low", f"{percent(record.clip_high_share)} high")),
-            ("log-prob gap", _joined(gap, f"max {number(record.logprob_gap_max)}")),
             ("correction", Text(number(record.correction_mean))),
             ("epoch", Text(number(record.epoch))),
         ]
@@ -241,7 +279,10 @@ class LivePanel:
             text.append(f" at {_versions(pool.server_versions, width - _LABEL - len(alive) - 4)}", "not bold default")
             rows += [
                 ("servers", text),
-                ("running", Text(f"{pool.rollouts_running:,} rollouts")),
+                (
+                    "running",
+                    _joined(f"{pool.rollouts_running:,} rollouts", f"idle {percent(pool.generation_idle_share)}"),
+                ),
                 ("groups", _joined(f"{pool.groups_running:,} running", f"{pool.groups_finished:,} ready")),
             ]
         if record is not None:
@@ -311,12 +352,6 @@ def _arrow(change: float) -> Text:
     if abs(change) < 5e-4:
         return Text("▶ steady", style="dim")
     return Text(f"{'▲' if change > 0 else '▼'} {change:+.3f}", style="green" if change > 0 else "yellow")
-
-
-def _idle(share: float, width: int) -> Text:
-    full, empty = bar(share, max(min(width - _LABEL - 6, 24), 4))
-    style = "green" if share < 0.2 else "yellow" if share < 0.5 else "red"
-    return Text.assemble((full, style), (empty, "bright_black"), f" {percent(share):>4}")
 
 
 def _value(value: float) -> Text:

@@ -8,8 +8,11 @@ class StepRecord(BatchStats, kw_only=True, tag_field="kind", tag="step"):
 
     Times in seconds; shares between 0 and 1; ``time`` since the first step began.
 
-    step counts from 1: the step that made version ``step``. seconds: wall clock from the previous step's end to
-    this one's; it is the sum of wait, train, publish_wait, save and other.
+    step counts from 1: the step that made version ``step``. seconds: wall clock from the previous step's end to this
+    one's; it is the sum of wait (for a batch), collate (rollouts to tensors), train (forward, backward, optimizer),
+    publish_wait (for weights to be copied out), save (what of a checkpoint is not written beside training) and other.
+    What the servers do meanwhile is in ``batch_seconds`` and its parts; it is counted from batch to batch, so with
+    K > 0 it belongs to the batch and not to the very moments of this step.
     logprob_gap: mean |trainer - sampler| log-probability of the trained tokens, before the update; at K = 0 it is
     numerical noise, at K > 0 it also holds what the policy has moved since.
     """
@@ -19,9 +22,11 @@ class StepRecord(BatchStats, kw_only=True, tag_field="kind", tag="step"):
     time: float
     seconds: float
     wait_seconds: float
+    collate_seconds: float
     train_seconds: float
     publish_wait_seconds: float
     save_seconds: float
+    other_seconds: float
     trainer_idle_share: float
     loss: float
     grad_norm: float

@@ -12,16 +12,10 @@ from outrider.observe.charts import Chart, render_chart
 from outrider.observe.figures import compact, decimal, duration, number, percent, spelled
 from outrider.observe.headline import headline
 from outrider.observe.metrics import evaluations_of, steps_of
+from outrider.observe.parts import BESIDE, SERVERS, TRAINER, Parts, totals
 from outrider.observe.records import EvalRecord, MetricsRow, StepRecord
 from outrider.observe.report_style import STYLE
 from outrider.observe.secrets import without_secrets
-
-_WALL_CLOCK = {
-    "wait": "wait_seconds",
-    "train": "train_seconds",
-    "publish": "publish_wait_seconds",
-    "save": "save_seconds",
-}
 
 
 class ReportExample(msgspec.Struct, kw_only=True):
@@ -148,57 +142,72 @@ def _update_charts(steps: list[StepRecord], logprob_gap_alarm: float | None) -> 
     ]
 
 
+def _time_section(steps: list[StepRecord]) -> str:
+    sides = [
+        _whole_run("The trainer, all steps", steps, TRAINER),
+        _whole_run("The servers, all batches", steps, SERVERS, BESIDE),
+    ]
+    charts = "".join(map(render_chart, _time_charts(steps)))
+    return f'<section><h2>Time</h2><div class="charts">{"".join(sides)}{charts}</div></section>'
+
+
 def _time_charts(steps: list[StepRecord]) -> list[Chart]:
-    idle = {"servers": "generation_idle_share", "trainer": "trainer_idle_share"}
-    weights = {"stage, beside generation": "stage_seconds", "commit": "commit_seconds"}
-    rewards = {"seconds": "reward_seconds"}
-    rate = {"tokens per second": "tokens_per_second"}
+    weights = {"stage": "stage_seconds", "commit": "commit_seconds"}
+    rewards = {"computing": "reward_seconds", "waited for": "reward_wait_seconds"}
     return [
-        Chart(
-            title="Each step",
-            unit="seconds",
-            x=[float(step.step) for step in steps],
-            series=_wall_clock(steps),
+        _stacked("The trainer, each step", steps, TRAINER),
+        _stacked("The servers, each batch", steps, SERVERS),
+        _over_steps(
+            "Idle",
+            steps,
+            {"servers": "generation_idle_share", "trainer": "trainer_idle_share"},
+            unit="share of the time",
             floor=0,
-            stacked=True,
-            x_format=_whole,
+            format=percent,
         ),
-        _over_steps("Idle", steps, idle, unit="share of the time", floor=0, format=percent),
-        _over_steps("Throughput", steps, rate, unit="tokens trained per second", floor=0, format=compact),
+        _over_steps(
+            "Throughput",
+            steps,
+            {"tokens per second": "tokens_per_second"},
+            unit="tokens sampled per second",
+            floor=0,
+            format=compact,
+        ),
         _over_steps("Weights to the servers", steps, weights, unit="log scale", log=True, format=duration),
-        _over_steps("Reward functions", steps, rewards, unit="seconds, beside generation", floor=0),
+        _over_steps("Reward functions", steps, rewards, unit="seconds", floor=0),
+        _over_steps("Packing", steps, {"seconds": "pack_seconds"}, unit="log scale", log=True, format=duration),
     ]
 
 
-def _wall_clock(steps: list[StepRecord]) -> dict[str, list[float]]:
-    """Seconds of every step by what they went to."""
-    parts = {name: [_amount(getattr(step, field)) for step in steps] for name, field in _WALL_CLOCK.items()}
-    known = [sum(values) for values in zip(*parts.values(), strict=True)]
-    parts["other"] = [_amount(step.seconds - seconds) for step, seconds in zip(steps, known, strict=True)]
-    return parts
+def _stacked(title: str, steps: list[StepRecord], parts: Parts) -> Chart:
+    each = [totals([step], parts) for step in steps]
+    return Chart(
+        title=title,
+        unit="seconds",
+        x=[float(step.step) for step in steps],
+        series={name: [found[name] for found in each] for name in parts},
+        floor=0,
+        stacked=True,
+        x_format=_whole,
+    )
 
 
-def _amount(seconds: float) -> float:
-    return seconds if 0 <= seconds < 1e10 else 0.0
-
-
-def _time_section(steps: list[StepRecord]) -> str:
-    charts = "".join(map(render_chart, _time_charts(steps)))
-    return f'<section><h2>Time</h2><div class="charts">{_whole_run(steps)}{charts}</div></section>'
-
-
-def _whole_run(steps: list[StepRecord]) -> str:
-    totals = {name: sum(seconds) for name, seconds in _wall_clock(steps).items()}
-    whole = sum(totals.values())
+def _whole_run(title: str, steps: list[StepRecord], parts: Parts, beside: Parts | None = None) -> str:
+    """Shares as one bar. beside: what goes on at the same time and is told below it."""
+    found = totals(steps, parts)
+    whole = sum(found.values())
     if not whole:
-        return '<figure><figcaption>The whole run</figcaption><p class="empty">no data</p></figure>'
+        return f'<figure><figcaption>{escape(title)}</figcaption><p class="empty">no data</p></figure>'
     bars, legend = [], []
-    for index, (name, seconds) in enumerate(totals.items()):
+    for index, (name, seconds) in enumerate(found.items()):
         told = f"{name}: {spelled(seconds)}, {percent(seconds / whole)}"
         bars.append(f'<div class="c{index}" style="width:{seconds / whole * 100:.3f}%" title="{escape(told)}"></div>')
         legend.append(f'<span><i class="c{index}"></i>{escape(told)}</span>')
+    if beside is not None:
+        told = ", ".join(f"{name} {spelled(seconds)}" for name, seconds in totals(steps, beside).items())
+        legend.append(f'<span class="note">beside it: {escape(told)}</span>')
     return (
-        f'<figure><figcaption>The whole run <span class="unit">{escape(spelled(whole))} in steps</span></figcaption>'
+        f'<figure><figcaption>{escape(title)} <span class="unit">{escape(spelled(whole))}</span></figcaption>'
         f'<div class="bar">{"".join(bars)}</div><div class="legend column">{"".join(legend)}</div></figure>'
     )
 

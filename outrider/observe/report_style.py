@@ -1,10 +1,11 @@
-"""The style sheet of the report, light and dark. ``c0`` to ``c4`` are the colours of the series."""
+"""The style sheet of the report, light and dark. ``c0`` to ``c5`` are the colours of the series."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --dim: #667085; --rule: #e4e7ec;
-  --c0: #2f6bd8; --c1: #e07b2a; --c2: #17937c; --c3: #a8439b; --c4: #98a2b3; --mark: #d1293d; }
+  --c0: #2f6bd8; --c1: #e07b2a; --c2: #17937c; --c3: #a8439b; --c4: #c9a400; --c5: #98a2b3; --mark: #d1293d; }
 @media (prefers-color-scheme: dark) { :root { --page: #11151c; --card: #1a202a; --ink: #e6eaf0; --dim: #97a1b0;
-  --rule: #2c3542; --c0: #76a5ff; --c1: #f2a65e; --c2: #53cbb2; --c3: #d68ccc; --c4: #6d7888; --mark: #ff6b78; } }
+  --rule: #2c3542; --c0: #76a5ff; --c1: #f2a65e; --c2: #53cbb2; --c3: #d68ccc; --c4: #e5c94a; --c5: #6d7888;
+  --mark: #ff6b78; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
@@ -25,16 +26,16 @@ figcaption { font-weight: 600; font-size: 14px; }
 .legend.column { flex-direction: column; font-size: 14px; color: var(--ink); gap: 4px; padding-bottom: 10px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
 .legend i.dashed { height: 0; border-top: 2px dashed var(--mark); border-radius: 0; vertical-align: middle; }
-.legend.column span { white-space: nowrap; }
+.legend.column span { white-space: nowrap; } .legend.column .note { white-space: normal; color: var(--dim); }
 .bar { display: flex; height: 26px; border-radius: 6px; overflow: hidden; margin: 14px 0 16px; }
 .empty { color: var(--dim); font-style: italic; }
 i.c0, .bar .c0 { background: var(--c0); } i.c1, .bar .c1 { background: var(--c1); }
 i.c2, .bar .c2 { background: var(--c2); } i.c3, .bar .c3 { background: var(--c3); }
-i.c4, .bar .c4 { background: var(--c4); }
+i.c4, .bar .c4 { background: var(--c4); } i.c5, .bar .c5 { background: var(--c5); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--dim); font-size: 10px; font-variant-numeric: tabular-nums; }
 svg .c0 { --c: var(--c0); } svg .c1 { --c: var(--c1); } svg .c2 { --c: var(--c2); } svg .c3 { --c: var(--c3); }
-svg .c4 { --c: var(--c4); }
+svg .c4 { --c: var(--c4); } svg .c5 { --c: var(--c5); }
 .grid { stroke: var(--rule); }
 .mark { stroke: var(--mark); stroke-dasharray: 4 3; stroke-width: 1.3; }
 .curve { fill: none; stroke: var(--c); stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }

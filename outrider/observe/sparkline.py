@@ -34,6 +34,19 @@ def bar(share: float, width: int) -> tuple[str, str]:
     return "━" * full, "─" * (width - full)
 
 
+def stacked(shares: Sequence[float], width: int) -> list[int]:
+    """How many of ``width`` characters each part of a whole gets; none at all if there is no whole."""
+    kept = [share if 0 < share < math.inf else 0.0 for share in shares]
+    whole = sum(kept)
+    if not 0 < whole < math.inf:
+        return [0] * len(kept)
+    exact = [share / whole * width for share in kept]
+    cells = [int(size) for size in exact]
+    for index in sorted(range(len(cells)), key=lambda index: cells[index] - exact[index])[: width - sum(cells)]:
+        cells[index] += 1
+    return cells
+
+
 def _columns(values: Sequence[float], width: int) -> list[float]:
     if len(values) <= width:
         return list(values)

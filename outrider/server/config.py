@@ -24,23 +24,40 @@ class RolloutConfig(Section):
                aliases=("vllm_max_model_len",)),
     ] = None  # fmt: skip
     max_num_seqs: Annotated[
-        int, option("Sequences decoded at once; further requests wait", aliases=("vllm_max_num_seqs",), ge=1)
-    ] = 256
+        int,
+        option(
+            "Sequences decoded at once, by all replicas together; further ones wait",
+            aliases=("vllm_max_num_seqs",),
+            ge=1,
+        ),
+    ] = 256  # fmt: skip
     max_num_batched_tokens: Annotated[
-        int, option("Tokens of one engine step, decoded and prefilled together", ge=16)
+        int, option("Tokens of one engine step of all replicas, decoded and prefilled together", ge=16)
     ] = 2048
-    kv_cache_gib: Annotated[float, option("Upper bound of the key-value cache of the torch engine, GiB", gt=0)] = 4.0
+    kv_cache_gib: Annotated[
+        float, option("Upper bound of the key-value caches of the torch engine, all replicas together, GiB", gt=0)
+    ] = 4.0
     torch_dtype: Annotated[
-        DTypeChoice, option("Serving precision; auto: bfloat16 on CUDA, float32 on the CPU", aliases=("dtype",))
+        DTypeChoice,
+        option(
+            "Serving precision; auto: bfloat16 where there are matrix units for it (CUDA, CPUs with AMX), else float32",
+            aliases=("dtype",),
+        ),
     ] = "auto"
     tensor_parallel_size: Annotated[
         int,
         option("GPUs that share one replica; the torch engine takes 1", aliases=("vllm_tensor_parallel_size",), ge=1),
     ] = 1
     data_parallel_size: Annotated[
-        int,
-        option("Replicas behind the one port; the torch engine takes 1", aliases=("vllm_data_parallel_size",), ge=1),
-    ] = 1
+        PositiveInt | None,
+        option("Replicas behind the one port (default: for small models one for each CPU core, else 1)",
+               aliases=("vllm_data_parallel_size",)),
+    ] = None  # fmt: skip
+    enable_prefix_caching: Annotated[
+        bool,
+        option("Keep the keys and values of ended sequences for prompts that begin alike, as long as the weights stay",
+               aliases=("vllm_enable_prefix_caching",)),
+    ] = True  # fmt: skip
     api_key: Annotated[
         str | None, option("Key that clients must send (default: OUTRIDER_API_KEY, else a key kept for this user)")
     ] = None
@@ -49,7 +66,7 @@ class RolloutConfig(Section):
         float, option("Seconds that running requests are given after SIGTERM before they are cut off", ge=0)
     ] = 30.0
     threads: Annotated[
-        PositiveInt | None, option("CPU threads of the torch engine (default: every core this process may use)")
+        PositiveInt | None, option("CPU threads of all replicas together (default: every core this process may use)")
     ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], option("What the server logs")] = "info"
     dry_run: Annotated[bool, option("Print the resolved configuration and exit")] = False

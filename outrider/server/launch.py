@@ -17,6 +17,7 @@ from outrider.contract.threads import yield_idle_threads
 from outrider.server.app import ServerApp
 from outrider.server.auth import server_key
 from outrider.server.config import RolloutConfig
+from outrider.server.engine import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,15 @@ def serve(config: RolloutConfig) -> int:
     key = server_key(config.api_key)
     print(f"listening on {config.host}:{listener.getsockname()[1]}, loading {config.model}", flush=True)
     yield_idle_threads()
-    from outrider.server.torch_engine.loading import load_engine  # torch is imported only from here on
+    # transformers, and torch with it, are imported only from here on
+    from outrider.server.text import load_text
+    from outrider.server.torch_engine.engine import TorchEngine
+    from outrider.server.torch_engine.loading import plan_engine
 
-    engine = load_engine(config, key)
-    app = ServerApp(engine, config.model)
-    info = engine.info()
-    if info.max_num_seqs < config.max_num_seqs:
-        log.warning(
-            "--kv_cache_gib %g holds %d sequences of %d tokens: decoding %d at once instead of %d",
-            config.kv_cache_gib, info.max_num_seqs, info.max_model_len, info.max_num_seqs, config.max_num_seqs,
-        )  # fmt: skip
+    text = load_text(config.model)
+    plan = plan_engine(config, text.tokenizer)
+    engine = TorchEngine(plan, seed=config.seed, key=key)
+    app = ServerApp(engine, text, config.model)
     settings = uvicorn.Config(
         app.asgi(key), log_level="warning", access_log=False, timeout_keep_alive=120, lifespan="off", loop="uvloop"
     )
@@ -46,8 +46,9 @@ def serve(config: RolloutConfig) -> int:
     try:
         server.run(sockets=[listener])
     finally:
-        engine.close()
         listener.close()
+    if server.problem is not None:
+        raise server.problem
     return 1 if engine.failure() else 0
 
 
@@ -82,6 +83,8 @@ class _Server(uvicorn.Server):
         self.app, self.rollout, self.listener = app, config, listener
         self._stop_task: asyncio.Task[None] | None = None
         self._signals = 0
+        #: Why the server could not start.
+        self.problem: UserError | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -90,7 +93,21 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self._on_signal)
         yield
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().serve(sockets)
+        finally:
+            await self.app.engine.close()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self.app.engine.start()
+        except (UserError, Unavailable) as error:
+            self.problem = (
+                error if isinstance(error, UserError) else UserError(f"--model {self.rollout.model}: {error}")
+            )
+            self.should_exit = True
+            return
         await super().startup(sockets)
         print(ready_message(self.app, self.rollout, self.listener), flush=True)
 

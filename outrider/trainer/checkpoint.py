@@ -5,12 +5,15 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
 
@@ -31,46 +34,57 @@ class SaveFailed(Exception):
     """A directory could not be written; nothing of it is left, and earlier ones are untouched."""
 
 
-def save_checkpoint(
-    output_dir: Path,
-    state: TrainerState,
-    model: PreTrainedModel,
-    tokenizer_source: str,
-    optimizer: torch.optim.Optimizer | None,
-    keep: int | None,
-) -> Path:
-    """Write ``checkpoint-<step>`` and remove all but the newest ``keep``. optimizer: None leaves its state out, and
-    the checkpoint cannot be resumed. Raises SaveFailed."""
-    path = output_dir / f"{_PREFIX}{state.step}"
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint. weights: by name, tied ones the same tensor. optimizer: its state dict; None leaves
+    it out, and the checkpoint cannot be resumed."""
+
+    state: TrainerState
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+
+    def copy(self) -> "Contents":
+        """In memory of its own on the CPU, so that training can go on. Raises SaveFailed when there is not enough."""
+        copies: dict[tuple[Any, ...], Tensor] = {}
+        try:
+            return replace(self, weights=_copied(self.weights, copies), optimizer=_copied(self.optimizer, copies))
+        except (MemoryError, RuntimeError) as error:
+            raise SaveFailed(f"{_PREFIX}{self.state.step}: no memory for a copy: {_first_line(error)}") from error
+
+    @property
+    def nbytes(self) -> int:
+        """About what it takes on disk."""
+        held: dict[tuple[Any, ...], Tensor] = {}
+        _visit((self.weights, self.optimizer), lambda tensor: held.setdefault(_identity(tensor), tensor))
+        return sum(tensor.nbytes for tensor in held.values())
+
+
+def save_checkpoint(output_dir: Path, contents: Contents, keep: int | None) -> Path:
+    """Write ``checkpoint-<step>`` and remove all but the newest ``keep``. Raises SaveFailed."""
+    path = output_dir / f"{_PREFIX}{contents.state.step}"
 
     def write(directory: Path) -> None:
-        write_model(directory, model, tokenizer_source)
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), directory / _OPTIMIZER)
-        (directory / _STATE).write_bytes(msgspec.json.encode(state))
+        write_model(directory, contents.model, contents.tokenizer, contents.weights)
+        if contents.optimizer is not None:
+            torch.save(contents.optimizer, directory / _OPTIMIZER)
+        (directory / _STATE).write_bytes(msgspec.json.encode(contents.state))
 
-    write_directory(path, write, model_bytes(model) + (0 if optimizer is None else optimizer_bytes(optimizer)))
+    write_directory(path, write, contents.nbytes)
     if keep is not None:
         for old in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def write_model(directory: Path, model: PreTrainedModel, tokenizer_source: str) -> None:
+def write_model(
+    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]
+) -> None:
     """Weights, configuration and tokenizer as ``AutoModelForCausalLM.from_pretrained`` and vLLM load them."""
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(directory)
-
-
-def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the weights take on disk."""
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer's state takes on disk."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    # A copy of the dictionary: the library empties the one that it is given.
+    model.save_pretrained(directory, state_dict=dict(weights))
+    tokenizer.save_pretrained(directory)
 
 
 def write_directory(path: Path, write: Callable[[Path], None], nbytes: int) -> None:
@@ -158,6 +172,31 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"checkpoint {path}: {_OPTIMIZER} cannot be loaded: {_first_line(error)}") from error
+
+
+def _visit(value: Any, take: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor replaced by what ``take`` gives for it."""
+    if isinstance(value, Tensor):
+        return take(value)
+    if isinstance(value, dict):
+        return {key: _visit(item, take) for key, item in value.items()}
+    return type(value)(_visit(item, take) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _copied(value: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
+    """A copy in which tensors that were one, such as tied weights, are one."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        identity = _identity(tensor)
+        if identity not in copies:
+            copies[identity] = tensor.detach().to("cpu", copy=True)
+        return copies[identity]
+
+    return _visit(value, copy)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _first_line(error: BaseException) -> str:

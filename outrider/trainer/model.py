@@ -5,13 +5,22 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.nn.functional import embedding
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
 from outrider.trainer.config import ModelConfig
 from outrider.trainer.logprobs import token_logprobs
 from outrider.trainer.packing import MicroBatch
+from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
 
 
 class Policy:
@@ -44,6 +53,10 @@ class Policy:
         if trainable and config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._check_projection(source)
+        #: How far rollouts of one prompt may share a row; what the policy can do, its reference can do as well.
+        self.sharing: Sharing | None = None
+        if trainable:
+            self.sharing = find_sharing(self.config, self._attention, self._hidden, self.device)
 
     @property
     def fingerprint(self) -> str:
@@ -57,14 +70,26 @@ class Policy:
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities of the trained tokens; float32 [tokens]."""
         with self._precision():
-            hidden = self._hidden(batch.input_ids, batch.attention_mask)
-            chosen = hidden.flatten(0, 1)[batch.where]
+            if batch.shared:
+                mask, positions = shared_mask(batch.part, self._attention), batch.positions
+            else:
+                mask, positions = batch.part.ne(PADDING).long(), None
+            hidden = self._hidden(batch.input_ids, mask, positions)
+            # Not hidden[where]: rollouts share the place that predicts their first token, and the backward pass of
+            # indexing adds what comes to one place in an order that several threads leave open.
+            chosen = embedding(batch.where, hidden.flatten(0, 1))
             return token_logprobs(chosen, batch.targets, self._project, self.temperature, self.chunk)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states before the vocabulary projection; [rows, width, hidden]."""
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Hidden states before the vocabulary projection; [rows, width, hidden]. attention_mask: [rows, width], or
+        that of a shared row. position_ids: [rows, width], None where they just count."""
         base = self.model.get_decoder()
-        return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places).last_hidden_state
+
+    @property
+    def _attention(self) -> str:
+        return str(self.model.config._attn_implementation)
 
     def _project(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden)
@@ -85,7 +110,7 @@ class Policy:
         ids = torch.arange(1, 9, device=self.device)[None] % self.config.get_text_config().vocab_size
         with self._precision():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
-            found = self._project(self._hidden(ids, torch.ones_like(ids))).float()
+            found = self._project(self._hidden(ids, torch.ones_like(ids), None)).float()
         if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2):
             raise UserError(
                 f"--model {source}: {type(self.model).__name__} computes its logits in a way that this trainer does "
@@ -99,6 +124,14 @@ def load_config(config: ModelConfig, source: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {source}: cannot be loaded: {error}") from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of --model, which goes into every checkpoint. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {config.model}: its tokenizer cannot be loaded: {error}") from error
 
 
 def _compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

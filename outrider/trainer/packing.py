@@ -1,5 +1,6 @@
-"""Which rollouts share a micro-batch, and the tensors that they become."""
+"""Which rollouts share a row and a micro-batch, and the tensors that they become."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,82 +8,150 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.contract.feed import Sample, unpack_floats, unpack_ints
+from outrider.contract.arrays import unpack_floats, unpack_ints
+from outrider.contract.feed import Sample
+from outrider.trainer.sharing import PADDING, PROMPT, Sharing
 
 
 @dataclass
 class MicroBatch:
-    """Rollouts as padded rows, and their trained tokens as flat vectors.
+    """Rows of tokens, and the trained tokens as flat vectors.
 
-    input_ids, attention_mask: int64 [rows, width], padded on the right. where: int64 [tokens], places of the hidden
-    states that predict the trained tokens in the flattened [rows x width]. targets, rollout_logprobs, sequence:
-    [tokens]; sequence is the row a token belongs to. advantages: float32 [rows].
+    A row is a prompt followed by one or more of its completions, each without its last token, which predicts nothing.
+
+    input_ids, positions, part: int64 [rows, width], padded on the right. positions: of a token in its own rollout.
+    part: PROMPT, the number of the completion in its row counted from 1, or PADDING. where: int64 [tokens], places of
+    the hidden states that predict the trained tokens in the flattened [rows x width]. targets, rollout_logprobs,
+    sequence: [tokens]; sequence is the rollout a token belongs to. advantages: float32 [rollouts].
+    shared: whether a row holds several rollouts.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    positions: Tensor
+    part: Tensor
     where: Tensor
     targets: Tensor
     rollout_logprobs: Tensor
     sequence: Tensor
     advantages: Tensor
+    shared: bool
 
     @property
-    def rows(self) -> int:
-        return self.input_ids.shape[0]
+    def rollouts(self) -> int:
+        return self.advantages.shape[0]
 
 
-def form_micro_batches(lengths: Sequence[int], rows: int, max_tokens: int | None) -> list[list[int]]:
-    """Share out rollouts over micro-batches, alike lengths together so that little is padded.
+def form_micro_batches(
+    samples: Sequence[Sample], rollouts: int, max_tokens: int | None, sharing: Sharing | None
+) -> list[list[list[int]]]:
+    """Share out rollouts over rows and rows over micro-batches, alike widths together so that little is padded.
 
-    lengths: tokens of each rollout, prompt included. rows: rollouts of a micro-batch, unless ``max_tokens`` gives a
-    budget of padded tokens (a single longer rollout still gets a micro-batch of its own). Returns indices.
+    rollouts: of a micro-batch, unless ``max_tokens`` gives a budget of padded tokens (a single longer rollout still
+    gets a micro-batch of its own). sharing: None gives every rollout a row of its own. Returns micro-batches of rows
+    of indices.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    batches: list[list[int]] = []
-    current: list[int] = []
-    for index in order:
-        # In ascending order the newest is the longest, and its length is the width.
-        full = len(current) >= rows if max_tokens is None else (len(current) + 1) * lengths[index] > max_tokens
+    # The mask of a shared row takes the place of the model's own: what a sliding window cuts needs the model's.
+    longest = math.inf if sharing is None or sharing.window is None else sharing.window
+    alone = [i for i, s in enumerate(samples) if sharing is None or _prompt(s) + _completion(s) > longest]
+    batches = _group_rows(samples, [[index] for index in alone], rollouts, max_tokens)
+    if sharing is not None:
+        together = sorted(set(range(len(samples))).difference(alone))
+        rows = _form_rows(samples, together, rollouts, max_tokens, sharing.break_even)
+        batches += _group_rows(samples, rows, rollouts, max_tokens)
+    return batches
+
+
+def _form_rows(
+    samples: Sequence[Sample], indices: Sequence[int], rollouts: int, max_tokens: int | None, break_even: float
+) -> list[list[int]]:
+    """Rollouts of one prompt join a row as long as that is cheaper than a row of their own."""
+    rows: list[list[int]] = []
+    open_rows: dict[bytes, tuple[list[int], int]] = {}  # by prompt: the row that may be joined, and its width
+    for index in indices:
+        sample = samples[index]
+        prompt, added = _prompt(sample), _completion(sample) - 1
+        row, width = open_rows.get(sample.prompt, ([], prompt))
+        full = len(row) >= rollouts if max_tokens is None else width + added > max_tokens
+        # What it costs, in units of the linear layers' work for one token, with row width w, prompt p, added tokens a
+        # and break-even b: to join a + ((w + a)² - w²) / b, and a row of its own p + a + (p + a)² / b.
+        dear = 2 * added * (width - prompt) > prompt * (prompt + break_even)
+        if not row or full or dear:
+            row, width = [], prompt
+            rows.append(row)
+        row.append(index)
+        open_rows[sample.prompt] = row, width + added
+    return rows
+
+
+def _group_rows(
+    samples: Sequence[Sample], rows: list[list[int]], rollouts: int, max_tokens: int | None
+) -> list[list[list[int]]]:
+    widths = [_width([samples[index] for index in row]) for row in rows]
+    batches: list[list[list[int]]] = []
+    current: list[list[int]] = []
+    held = 0
+    for width, row in sorted(zip(widths, rows, strict=True)):
+        # In ascending order the newest is the widest, and its width is that of all.
+        full = held + len(row) > rollouts if max_tokens is None else (len(current) + 1) * width > max_tokens
         if current and full:
             batches.append(current)
-            current = []
-        current.append(index)
+            current, held = [], 0
+        current.append(row)
+        held += len(row)
     if current:
         batches.append(current)
     return batches
 
 
-def collate(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
-    """The tensors of one micro-batch."""
-    prompts = [unpack_ints(sample.prompt) for sample in samples]
-    completions = [unpack_ints(sample.completion) for sample in samples]
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = np.zeros((len(samples), width), dtype=np.int64)
-    mask = np.zeros((len(samples), width), dtype=np.int64)
-    where, targets, logprobs, sequence = [], [], [], []
-    for row, (sample, prompt, completion) in enumerate(zip(samples, prompts, completions, strict=True)):
-        start, end = len(prompt), len(prompt) + len(completion)
-        ids[row, :start], ids[row, start:end] = prompt, completion
-        mask[row, :end] = 1
-        trained = np.arange(len(completion))
-        if sample.mask:
-            trained = np.flatnonzero(np.frombuffer(sample.mask, dtype=np.uint8))
-        # The hidden state one place earlier predicts a token.
-        where.append(row * width + start - 1 + trained)
-        targets.append(completion[trained])
-        logprobs.append(unpack_floats(sample.logprobs)[trained])
-        sequence.append(np.full(len(trained), row))
+def collate(rows: Sequence[Sequence[Sample]], device: torch.device) -> MicroBatch:
+    """The tensors of one micro-batch. The rollouts of a row have one prompt."""
+    width = max(map(_width, rows))
+    shape = len(rows), width
+    ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    part = np.full(shape, PADDING, dtype=np.int64)
+    where, targets, logprobs = [], [], []
+    for at, row in enumerate(rows):
+        prompt = unpack_ints(row[0].prompt)
+        start = end = len(prompt)
+        ids[at, :start], positions[at, :start], part[at, :start] = prompt, np.arange(start), PROMPT
+        for number, sample in enumerate(row, 1):
+            completion = unpack_ints(sample.completion)
+            begin, end = end, end + len(completion) - 1
+            ids[at, begin:end], part[at, begin:end] = completion[:-1], number
+            positions[at, begin:end] = np.arange(start, start + end - begin)
+            # The hidden state of the token before predicts a token: of the first one, the prompt's last.
+            places = np.arange(begin - 1, end)
+            places[0] = start - 1
+            trained = np.frombuffer(sample.mask, dtype=np.uint8) != 0 if sample.mask else slice(None)
+            where.append(at * width + places[trained])
+            targets.append(completion[trained])
+            logprobs.append(unpack_floats(sample.logprobs)[trained])
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
+    samples = [sample for row in rows for sample in row]
+    counts = [len(found) for found in targets]
     return MicroBatch(
         input_ids=tensor(ids, torch.long),
-        attention_mask=tensor(mask, torch.long),
+        positions=tensor(positions, torch.long),
+        part=tensor(part, torch.long),
         where=tensor(np.concatenate(where), torch.long),
         targets=tensor(np.concatenate(targets), torch.long),
         rollout_logprobs=tensor(np.concatenate(logprobs), torch.float32),
-        sequence=tensor(np.concatenate(sequence), torch.long),
+        sequence=tensor(np.repeat(np.arange(len(samples)), counts), torch.long),
         advantages=tensor(np.array([sample.advantage for sample in samples]), torch.float32),
+        shared=len(samples) > len(rows),
     )
+
+
+def _width(row: Sequence[Sample]) -> int:
+    return _prompt(row[0]) + sum(_completion(sample) - 1 for sample in row)
+
+
+def _prompt(sample: Sample) -> int:
+    return len(sample.prompt) // 4
+
+
+def _completion(sample: Sample) -> int:
+    return len(sample.completion) // 4

@@ -1,23 +1,11 @@
 """From what happened in a step to a row of ``metrics.jsonl``."""
 
-from dataclasses import dataclass
-
 import msgspec
 
 from outrider.contract.feed import BatchStats, EvalFigures, EvalResult
 from outrider.observe.records import EvalRecord, StepRecord
+from outrider.trainer.clock import StepTimes
 from outrider.trainer.step import StepOutcome
-
-
-@dataclass
-class StepTimes:
-    """Seconds of a step. whole: from the end of the step before; the others are parts of it."""
-
-    whole: float
-    wait: float
-    train: float
-    publish_wait: float
-    save: float
 
 
 def step_record(
@@ -38,10 +26,12 @@ def step_record(
         time=time,
         seconds=times.whole,
         wait_seconds=times.wait,
+        collate_seconds=times.collate,
         train_seconds=times.train,
         publish_wait_seconds=times.publish_wait,
         save_seconds=times.save,
-        trainer_idle_share=min(1.0, times.wait / whole),
+        other_seconds=times.other,
+        trainer_idle_share=times.wait / whole,
         loss=outcome.loss,
         grad_norm=outcome.grad_norm,
         learning_rate=rate,

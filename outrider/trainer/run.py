@@ -1,5 +1,6 @@
 """One training run: from the preflight to the final export."""
 
+import contextlib
 import functools
 import time
 from pathlib import Path
@@ -17,12 +18,13 @@ from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.reporters import Reporters, make_reporters
 from outrider.trainer.checkpoint import SaveFailed, find_checkpoint, load_optimizer, load_state
+from outrider.trainer.clock import StepClock
 from outrider.trainer.finish import finish_run
 from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
-from outrider.trainer.model import Policy, load_config
+from outrider.trainer.model import Policy, load_config, load_tokenizer
 from outrider.trainer.optimizer import learning_rate, make_optimizer
-from outrider.trainer.recording import StepTimes, eval_record, step_record
+from outrider.trainer.recording import eval_record, step_record
 from outrider.trainer.saving import Saver, patiently
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.step import StepComputer
@@ -37,25 +39,32 @@ EVALUATION_DEADLINE = 3600.0
 def train(spec: TrainerSpec, collector: bytes) -> int:
     """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
     child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
+    prepare(spec)
+    return Trainer(spec, Path(spec.run.output_dir)).run(collector)
+
+
+def prepare(spec: TrainerSpec) -> None:
+    """What holds for the whole process: threads, seed, a quiet library, no segments that a killed trainer has left."""
     if spec.run.threads is not None:
         torch.set_num_threads(spec.run.threads)
     torch.manual_seed(spec.run.seed)
-    output_dir = Path(spec.run.output_dir)
     transformers_logging.disable_progress_bar()  # it would write over the panel
     remove_stale_segments()
-    run = Trainer(spec, output_dir)
-    try:
-        run.link.start(collector)
-        run.load()
-        return run.train()
-    except Interrupted:
-        return run.stopped_by_user()
-    finally:
-        run.close()
 
 
 class Trainer:
     """The state of a run, and its loop."""
+
+    # What load() brings.
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    computer: StepComputer
+    ready: Ready
+    saver: Saver
+    publisher: Publisher
+    metrics: MetricsWriter
+    reporters: Reporters
+    clock: StepClock
 
     def __init__(self, spec: TrainerSpec, output_dir: Path) -> None:
         self.spec, self.output_dir = spec, output_dir
@@ -69,12 +78,20 @@ class Trainer:
             self._abandon,
         )
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
-        self.publisher: Publisher | None = None
+        self.closers = contextlib.ExitStack()
         self.started: float | None = None
-        self.ended_last = 0.0
         self.evaluations: list[EvalResult] = []
-        self.metrics: MetricsWriter | None = None
-        self.reporters: Reporters | None = None
+
+    def run(self, collector: bytes) -> int:
+        """From the start of the collector to its end; the exit status. Raises UserError."""
+        try:
+            self.link.start(collector)
+            self.load()
+            return self.train()
+        except Interrupted:
+            return self.stopped_by_user()
+        finally:
+            self.close()
 
     # ---- getting ready -----------------------------------------------------------------------------------------
 
@@ -95,7 +112,8 @@ class Trainer:
         if spec.loss.beta > 0:
             reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
         self.optimizer = make_optimizer(self.policy.model, spec.optimizer)
-        self.saver = Saver(self.output_dir, self.policy, self.optimizer, spec.model.model, spec.run)
+        self.saver = Saver(self.output_dir, self.policy, self.optimizer, load_tokenizer(spec.model), spec.run)
+        self.closers.callback(self.saver.close)
         self.computer = StepComputer(
             self.policy,
             reference,
@@ -128,6 +146,7 @@ class Trainer:
             self.ready.segment_url or None,
             self.link.announce,
         )
+        self.closers.callback(self.publisher.close)
         self._publish()
 
     def _panel(self, plain: bool) -> Panel:
@@ -139,9 +158,11 @@ class Trainer:
         self.panel = self._panel(plain=False)
         self.link.use_panel(self.panel)
         self.metrics = MetricsWriter(self.output_dir / "metrics.jsonl")
+        self.closers.callback(self.metrics.close)
         self.reporters = make_reporters(
             spec.logging, self.output_dir, spec.configuration, self.panel.notice, first_step=self.step + 1
         )
+        self.closers.callback(self.reporters.close)
         self.panel.start()
 
     # ---- the loop ----------------------------------------------------------------------------------------------
@@ -153,7 +174,8 @@ class Trainer:
         if evaluates and spec.eval_on_start and self.step == 0:
             self._evaluate_now()
         self.link.send(Begin(start_step=self.step, max_steps=self.max_steps))
-        self.started = self.ended_last = time.monotonic()
+        self.started = time.monotonic()
+        self.clock = StepClock()
         while self.step < self.max_steps and not self.interrupt.requested:
             self._one_step()
             if evaluates and spec.eval_steps and self.step % spec.eval_steps == 0 and self.step < self.max_steps:
@@ -170,40 +192,37 @@ class Trainer:
 
     def _one_step(self) -> None:
         """Wait for a batch, compute, step, publish, record, save."""
+        clock = self.clock
         self.panel.phase("waiting for rollouts")
-        started = time.monotonic()
-        batch = self.link.batch()
-        got = time.monotonic()
+        with clock.part("wait"):
+            batch = self.link.batch()
         self.panel.phase("training")
         rate = self._set_learning_rate()
-        outcome = self.computer.gradients(batch)
-        # The copy of the version before reads the weights that the optimizer is about to change.
-        publish_wait = self.publisher.wait() if self.publisher is not None else 0.0
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with clock.part("train"):
+            outcome = self.computer.gradients(batch, clock)
+        # Copies of the version before read what the optimizer is about to change.
+        with clock.part("publish_wait"):
+            self.publisher.wait()
+        with clock.part("save"):
+            self.saver.wait_for_copy()
+        with clock.part("train"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._publish()
-        trained = time.monotonic()
+        with clock.part("publish_wait"):
+            self._publish()
         if self.spec.run.save_steps and self.step % self.spec.run.save_steps == 0 and self.step < self.max_steps:
-            self.panel.phase("saving")
-            self._save()
-        now = time.monotonic()
-        times = StepTimes(
-            whole=now - self.ended_last,
-            wait=got - started,
-            train=trained - got - publish_wait,
-            publish_wait=publish_wait,
-            save=now - trained,
-        )
-        record = step_record(batch.stats, outcome, times, self.step, self.max_steps, self._elapsed(), rate)
-        self.ended_last = now
-        self._record(record)
+            with clock.part("save"):
+                self._save()
+        times = clock.lap()
+        self._record(step_record(batch.stats, outcome, times, self.step, self.max_steps, self._elapsed(), rate))
         for result in self.link.arrived_evaluations():
             self._record_evaluation(result)
+        if self.saver.settled:
+            self._settle_save()
 
     def _publish(self) -> None:
         """Copy the weights out in the background; servers are told when the copy is whole."""
-        assert self.publisher is not None
         self.publisher.publish(self.step)
         if self.spec.max_staleness == 0:
             # Nothing to overlap with: the next batch needs this version.
@@ -221,8 +240,7 @@ class Trainer:
     def _evaluate_now(self) -> None:
         """Evaluate the present version, and wait for the result."""
         self.panel.phase("evaluating")
-        if self.publisher is not None:
-            self.publisher.wait()
+        self.publisher.wait()
         for result in self.link.arrived_evaluations():
             self._record_evaluation(result)
         self.link.request_evaluation(self.step, self.step)
@@ -242,9 +260,8 @@ class Trainer:
         self.panel.step(record)
 
     def _log(self, row: StepRecord | EvalRecord) -> None:
-        if self.metrics is not None and self.reporters is not None:
-            self.metrics.write(row)
-            self.reporters.log(row)
+        self.metrics.write(row)
+        self.reporters.log(row)
 
     def _record_evaluation(self, result: EvalResult) -> None:
         self.evaluations.append(result)
@@ -253,15 +270,22 @@ class Trainer:
         self.panel.evaluation(record)
 
     def _save(self) -> None:
-        """Save a checkpoint. A failure is told and costs the checkpoint, not the run."""
+        """Start to save a checkpoint, once the one before is saved."""
+        self.panel.phase("saving")
+        self._settle_save()
+        self.saver.begin_checkpoint(self.step, self.max_steps, self._elapsed())
+
+    def _settle_save(self) -> None:
+        """Hear how the checkpoint in progress has ended. A failure is told and costs the checkpoint, not the run."""
         try:
-            self.saver.checkpoint(self.step, self.max_steps, self._elapsed())
+            self.saver.settle()
         except SaveFailed as error:
             self.panel.notice(f"checkpoint not saved: {error}; training goes on")
 
     def _save_last(self, seconds: float) -> None:
         """Save the state at the end of the run, however it ends. Raises UserError."""
         self.panel.phase("saving")
+        self._settle_save()
         if self.saver.saved_step != self.step:
             save = functools.partial(self.saver.checkpoint, self.step, self.max_steps, seconds)
             patiently(save, "the last checkpoint", self.panel.notice, lambda: self.interrupt.requested)
@@ -308,15 +332,10 @@ class Trainer:
             segment_path(self.spec.run_id, index).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the collector, remove the segments, put the terminal back."""
+        """End the collector, wait for what is being saved, remove the segments, put the terminal back."""
         self.panel.stop()
         self.link.stop("the run has ended")
-        if self.publisher is not None:
-            self.publisher.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.reporters is not None:
-            self.reporters.close()
+        self.closers.close()
         self.interrupt.restore()
 
 

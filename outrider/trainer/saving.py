@@ -1,16 +1,19 @@
 """Saving during a run, and at its end, when the result is in memory alone."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
 from outrider.trainer.checkpoint import (
+    Contents,
     SaveFailed,
     TrainerState,
-    model_bytes,
     save_checkpoint,
     write_directory,
     write_model,
@@ -24,23 +27,62 @@ RETRY = 5.0
 
 
 class Saver:
-    """Writes checkpoints and the final model of one run."""
+    """Writes checkpoints and the final model of one run. A periodic checkpoint is copied and written on a thread, one
+    at a time, while training goes on."""
 
     def __init__(
-        self, output_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer, tokenizer: str, config: RunConfig
+        self,
+        output_dir: Path,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RunConfig,
     ) -> None:
-        """tokenizer: directory or hub id that the model's tokenizer is loaded from."""
         self.output_dir, self.policy, self.optimizer = output_dir, policy, optimizer
         self.tokenizer, self.config = tokenizer, config
         self.saved_step = -1
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._copied = threading.Event()
+        self._copied.set()
 
     def checkpoint(self, step: int, max_steps: int, seconds: float) -> None:
-        """Save what a resumed run needs. Raises SaveFailed."""
-        state = TrainerState(step=step, max_steps=max_steps, time=seconds, model_fingerprint=self.policy.fingerprint)
-        optimizer = None if self.config.save_only_model else self.optimizer
-        keep = self.config.save_total_limit
-        save_checkpoint(self.output_dir, state, self.policy.model, self.tokenizer, optimizer, keep)
-        self.saved_step = step
+        """Save what a resumed run needs, and return when it is on disk. Raises SaveFailed."""
+        self._write(self._contents(step, max_steps, seconds))
+
+    def begin_checkpoint(self, step: int, max_steps: int, seconds: float) -> None:
+        """Start to save it. Weights and optimizer must not change until :meth:`wait_for_copy` returns, and the next
+        one must not begin before :meth:`settle`."""
+        contents = self._contents(step, max_steps, seconds)
+        self._copied.clear()
+
+        def run() -> None:
+            try:
+                copy = contents.copy()
+            finally:
+                self._copied.set()
+            self._write(copy)
+
+        self._writing = self._thread.submit(run)
+
+    def wait_for_copy(self) -> None:
+        """Return when the checkpoint that is being saved no longer needs the trainer's own memory."""
+        self._copied.wait()
+
+    @property
+    def settled(self) -> bool:
+        """Whether :meth:`settle` would return, or raise, at once."""
+        return self._writing is None or self._writing.done()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being saved. Raises SaveFailed if it could not be."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._thread.shutdown(wait=True)
 
     @property
     def exported(self) -> bool:
@@ -49,11 +91,26 @@ class Saver:
 
     def export(self) -> None:
         """Write ``final``, a Hugging Face directory. Raises SaveFailed."""
+        model, weights = self.policy.model, self.policy.model.state_dict()
 
         def write(directory: Path) -> None:
-            write_model(directory, self.policy.model, self.tokenizer)
+            write_model(directory, model, self.tokenizer, weights)
 
-        write_directory(self.output_dir / "final", write, model_bytes(self.policy.model))
+        write_directory(self.output_dir / "final", write, sum(parameter.nbytes for parameter in model.parameters()))
+
+    def _contents(self, step: int, max_steps: int, seconds: float) -> Contents:
+        state = TrainerState(step=step, max_steps=max_steps, time=seconds, model_fingerprint=self.policy.fingerprint)
+        return Contents(
+            state=state,
+            model=self.policy.model,
+            tokenizer=self.tokenizer,
+            weights=self.policy.model.state_dict(),
+            optimizer=None if self.config.save_only_model else self.optimizer.state_dict(),
+        )
+
+    def _write(self, contents: Contents) -> None:
+        save_checkpoint(self.output_dir, contents, self.config.save_total_limit)
+        self.saved_step = contents.state.step
 
 
 def patiently(save: Callable[[], None], what: str, notice: Callable[[str], None], hurry: Callable[[], bool]) -> None:

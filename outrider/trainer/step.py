@@ -8,9 +8,10 @@ import torch
 from outrider.algorithm.corrections import logprob_gap, rollout_correction
 from outrider.algorithm.losses import LossSpec, StepCounts, policy_loss
 from outrider.contract.feed import Batch
+from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, CorrectionMode
 from outrider.trainer.model import Policy
-from outrider.trainer.packing import collate, form_micro_batches
+from outrider.trainer.packing import MicroBatch, collate, form_micro_batches
 
 
 @dataclass
@@ -48,55 +49,72 @@ class StepComputer:
         self.policy, self.reference, self.loss, self.batch = policy, reference, loss, batch
         self.correction, self.threshold, self.max_grad_norm = correction, threshold, max_grad_norm
 
-    def gradients(self, batch: Batch) -> StepOutcome:
+    def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
         """Leave the step's clipped gradient in the parameters. Every micro-batch is divided by the counts of the
         whole step, so that how rollouts are packed changes nothing but rounding."""
         samples, config = batch.samples, self.batch
-        lengths = [(len(sample.prompt) + len(sample.completion)) // 4 for sample in samples]
         counts = StepCounts(batch.sequences, batch.tokens)
-        outcome, clip_low, clip_high, kl, gap, corrected = StepOutcome(), 0.0, 0.0, 0.0, 0.0, 0.0
-        for rows in form_micro_batches(lengths, config.per_device_train_batch_size, config.max_tokens_per_micro_batch):
-            micro = collate([samples[row] for row in rows], self.policy.device)
-            logprobs = self.policy.logprobs(micro)
-            # One optimizer step a batch: the policy before the step is the policy now, and needs no second pass.
-            old = logprobs.detach()
-            weights = rollout_correction(
-                old_logprobs=old,
-                rollout_logprobs=micro.rollout_logprobs,
-                sequence=micro.sequence,
-                num_sequences=micro.rows,
-                mode=self.correction,
-                threshold=self.threshold,
+        # On the device until the end: a number that is read back after each micro-batch would hold up the next one.
+        sums = torch.zeros(6, dtype=torch.float64, device=self.policy.device)
+        gap_max = torch.zeros((), device=self.policy.device)
+        tokens = 0
+        with clock.part("collate"):
+            micro_batches = form_micro_batches(
+                samples, config.per_device_train_batch_size, config.max_tokens_per_micro_batch, self.policy.sharing
             )
-            reference = None
-            if self.reference is not None:
-                with torch.no_grad():
-                    reference = self.reference.logprobs(micro)
-            out = policy_loss(
-                logprobs=logprobs,
-                old_logprobs=old,
-                advantages=micro.advantages,
-                sequence=micro.sequence,
-                spec=self.loss,
-                counts=counts,
-                correction=weights,
-                ref_logprobs=reference,
-            )
-            out.loss.backward()
-            difference = logprob_gap(old, micro.rollout_logprobs)
-            outcome.loss += float(out.loss.detach())
-            outcome.tokens += out.tokens
-            outcome.logprob_gap_max = max(outcome.logprob_gap_max, float(difference.abs_max))
-            clip_low += float(out.clip_low_sum)
-            clip_high += float(out.clip_high_sum)
-            kl += float(out.kl_sum)
-            gap += float(difference.abs_sum)
-            corrected += float(weights.sum())
-        tokens = max(outcome.tokens, 1)
-        outcome.clip_low_share, outcome.clip_high_share = clip_low / tokens, clip_high / tokens
-        outcome.kl, outcome.logprob_gap, outcome.correction_mean = kl / tokens, gap / tokens, corrected / tokens
-        outcome.grad_norm = self._clip()
-        return outcome
+        for rows in micro_batches:
+            with clock.part("collate"):
+                micro = collate([[samples[index] for index in row] for row in rows], self.policy.device)
+            found, largest = self._backward(micro, counts)
+            sums += found
+            gap_max = torch.maximum(gap_max, largest)
+            tokens += len(micro.targets)
+        loss, clip_low, clip_high, kl, gap, corrected = sums.tolist()
+        trained = max(tokens, 1)
+        return StepOutcome(
+            loss=loss,
+            grad_norm=self._clip(),
+            tokens=tokens,
+            clip_low_share=clip_low / trained,
+            clip_high_share=clip_high / trained,
+            kl=kl / trained,
+            logprob_gap=gap / trained,
+            logprob_gap_max=float(gap_max),
+            correction_mean=corrected / trained,
+        )
+
+    def _backward(self, micro: MicroBatch, counts: StepCounts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a micro-batch's gradient. Returns its loss and the sums over its tokens (clipped low, clipped high, KL,
+        gap, correction) as one tensor [6], and its largest gap."""
+        logprobs = self.policy.logprobs(micro)
+        # One optimizer step a batch: the policy before the step is the policy now, and needs no second pass.
+        old = logprobs.detach()
+        weights = rollout_correction(
+            old_logprobs=old,
+            rollout_logprobs=micro.rollout_logprobs,
+            sequence=micro.sequence,
+            num_sequences=micro.rollouts,
+            mode=self.correction,
+            threshold=self.threshold,
+        )
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference.logprobs(micro)
+        out = policy_loss(
+            logprobs=logprobs,
+            old_logprobs=old,
+            advantages=micro.advantages,
+            sequence=micro.sequence,
+            spec=self.loss,
+            counts=counts,
+            correction=weights,
+            ref_logprobs=reference,
+        )
+        out.loss.backward()
+        gap = logprob_gap(old, micro.rollout_logprobs)
+        sums = (out.loss.detach(), out.clip_low_sum, out.clip_high_sum, out.kl_sum, gap.abs_sum, weights.sum())
+        return torch.stack([value.double() for value in sums]), gap.abs_max
 
     def _clip(self) -> float:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf

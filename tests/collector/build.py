@@ -15,7 +15,7 @@ from outrider.collector.config import (
 )
 from outrider.collector.groups import Group
 from outrider.contract.generation import VersionSpan
-from outrider.environments.base import Rollout
+from outrider.environments.base import Rollout, logprob_array, token_array
 from outrider.rewards.settings import RewardSettings
 
 #: Beside the package; importing the tests' models would load torch.
@@ -28,13 +28,13 @@ def rollout(
     prompt: tuple[int, ...] = (5, 6),
     text: str = "text",
     versions: list[VersionSpan] | None = None,
-    mask: list[int] | None = None,
+    mask: bytes | None = None,
 ) -> Rollout:
     """A rollout whose log-probabilities are exact in float32."""
     return Rollout(
-        prompt=list(prompt),
-        tokens=tokens,
-        logprobs=[-token / 8 for token in tokens],
+        prompt=token_array(prompt),
+        tokens=token_array(tokens),
+        logprobs=logprob_array([-token / 8 for token in tokens]),
         versions=[(0, len(tokens))] if versions is None else versions,
         text=text,
         finish_reason="stop",

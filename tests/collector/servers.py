@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from outrider.collector.client import ServerClient
 from outrider.collector.keeper import Keeper
-from outrider.collector.pool import Pool, Server
+from outrider.collector.pool import Pool
 from outrider.collector.preflight import Expected
+from outrider.collector.server import Server
 from outrider.contract.identity import SPECIAL_TOKENS, model_fingerprint, tokenizer_hash
 from outrider.contract.manifest import Manifest
 from outrider.weights.publish import Publisher
@@ -106,14 +107,14 @@ class Weights:
         self._make(version, self._tensors)
         return self._publisher.publish(version).result()
 
-    def logprobs(self, version: int, prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
+    def logprobs(self, version: int, prompt: list[int], tokens: Sequence[int], temperature: float) -> list[float]:
         """Log-probabilities of ``tokens`` by one plain forward pass with the weights of ``version``."""
         if version != self._held:
             self._make(version, {name: value.data for name, value in self.model.named_parameters()})
             self._held = version
         with torch.inference_mode():
-            logits = self.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
-        taken = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])
+            logits = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
+        taken = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(list(tokens))[:, None])
         return [float(value) for value in taken[:, 0]]
 
     def close(self) -> None:
@@ -159,15 +160,16 @@ async def rig(urls: list[str], run_id: str, *, keep: bool = True, key: str = KEY
     servers = [Server(ServerClient(url, key)) for url in urls]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
 
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     made = Rig(servers, Pool(servers, run_id, tries, lambda: made.on_change(), decode))
     wanted = expected()
     for server in servers:
         with contextlib.suppress(Exception):
-            server.info, server.alive = await server.client.info(), True
-            server.limit = 2 * server.info.max_num_seqs
+            info = await server.client.info()
+            server.limit = 2 * info.max_num_seqs
+            server.up(info)
         made.keepers.append(
             Keeper(
                 server,

@@ -70,7 +70,7 @@ def fitting_info() -> ServerInfo:
     return ServerInfo(
         engine="torch", engine_version="0", model=wanted.model, model_fingerprint=wanted.model_fingerprint,
         tokenizer_hash=wanted.tokenizer_hash, torch_dtype="float32", max_model_len=256, max_num_seqs=8, vocab_size=99,
-        version=0, run_id="", host="elsewhere",
+        version=0, run_id="", host="elsewhere", capabilities=("inflight_keep",),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from outrider.collector.ledger import Ledger, read_rollouts, trained_steps
 from outrider.collector.prompts import PromptSet
 from outrider.collector.reward_runner import RewardRunner
 from outrider.collector.setup import evaluation_template, ledger_facts, sampling_template
+from outrider.contract.arrays import unpack_ints
 from outrider.contract.errors import UserError
 from outrider.contract.feed import (
     Batch,
@@ -36,7 +37,6 @@ from outrider.contract.feed import (
     Published,
     Ready,
     Stop,
-    unpack_ints,
 )
 from outrider.environments.single_turn import SingleTurn
 from outrider.rewards.settings import RewardSettings
@@ -306,10 +306,11 @@ async def test_a_ledger_that_cannot_be_written_ends_the_run(
 ) -> None:
     """A batch that is not in the ledger does not go out."""
     async with run_of(server, tmp_path, ["mixed"] * 4, tokenizer) as run:
-        run.ledger._thread.submit(lambda: run.ledger._db.execute("PRAGMA max_page_count = 1")).result()
+        collecting = asyncio.create_task(run.collect(0, 1000))
+        await until(lambda: len(run.batches) >= 2)
+        await asyncio.to_thread(run.ledger._submit(lambda: run.ledger._db.execute("PRAGMA query_only = 1")).result)
         with pytest.raises(UserError, match=r"ledger .* cannot be written"):
-            await run.collect(0, 40)
-        assert len(run.batches) < 40
+            await collecting
         shipped = len(run.batches)
     assert trained_steps(run.ledger.path) == list(range(1, shipped + 1))
 

@@ -151,7 +151,8 @@ async def test_cut_off_completions_go_on_together() -> None:
         await made.ready(0)
         async with asyncio.timeout(PATIENCE):
             answers = await made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 4, 0))
-        assert [completion.tokens for completion in answers] == [[21] * (index + 1) + [22] for index in range(4)]
+        tokens = [list(completion.tokens) for completion in answers]
+        assert tokens == [[21] * (index + 1) + [22] for index in range(4)]
         assert [completion.versions for completion in answers] == [[(0, index + 2)] for index in range(4)]
         assert all(completion.text == made.pool._decode(completion.tokens) for completion in answers)
 

@@ -28,7 +28,7 @@ def open_ledger(directory: Path, resume: bool = False, facts: dict[str, str] = F
 def rich_group() -> Group:
     """Masks, several versions, an empty rollout, a function without an opinion, text beyond ASCII."""
     rollouts = [
-        rollout([7, 8, 9], versions=[(3, 1), (5, 2)], mask=[1, 0, 1], text="ä\n\u2028"),
+        rollout([7, 8, 9], versions=[(3, 1), (5, 2)], mask=bytes([1, 0, 1]), text="ä\n\u2028"),
         rollout([], versions=[], text=""),
         rollout([2**17], versions=[(4, 1)]),
     ]

@@ -9,10 +9,12 @@ import pytest
 
 from outrider.collector.client import Refused, ServerClient, ServerLost
 from outrider.collector.evaluation import with_prompt
-from outrider.collector.pool import RolloutFailed, Server
+from outrider.collector.pool import RolloutFailed
+from outrider.collector.server import Server
 from outrider.contract.generation import CompletionRequest, version_spans_total
 from outrider.environments.base import Completion
 from tests.collector.servers import KEY, Rig, RolloutProcess, Weights, generated, rig, until, until_generated
+from tests.collector.stub import fitting_info
 
 TEMPLATE = CompletionRequest(prompt=[], max_tokens=200, temperature=1.5)
 PROMPT = [21, 15, 21, 33]
@@ -72,28 +74,28 @@ def check(completions: list[Completion], weights: Weights, prompt: list[int] = P
         for version, count in completion.versions:
             plain = weights.logprobs(version, prompt, completion.tokens, TEMPLATE.temperature)
             part = slice(start, start + count)
-            assert completion.logprobs[part] == pytest.approx(plain[part], abs=1e-4)
+            assert list(completion.logprobs[part]) == pytest.approx(plain[part], abs=1e-4)
             start += count
 
 
 async def test_new_work_goes_to_the_least_loaded(kept: Rig, weights: Weights) -> None:
     first, second = kept.servers
-    assert set(kept.pool.free_servers()) == {first, second}
+    assert kept.pool.free_server(0) is not None
     first.occupy(3)
-    assert kept.pool.free_servers() == [second, first]
+    assert kept.pool.free_server(0) is second
     answers = await asyncio.gather(*(kept.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 2, i)) for i in range(2)))
     assert {completion.server for answer in answers for completion in answer} == {second.url}
     assert (first.running, second.running) == (3, 0)
     second.occupy(second.limit)
-    assert kept.pool.free_servers() == [first]
+    assert kept.pool.free_server(0) is first
     second.vacate(second.limit)
     check([completion for answer in answers for completion in answer], weights)
 
 
 async def test_of_two_idle_servers_the_newer_one(kept: Rig) -> None:
-    kept.servers[1].version = 3
-    assert kept.pool.free_servers()[0] is kept.servers[1]
-    kept.servers[1].version = 0
+    kept.servers[1].holds(3)
+    assert kept.pool.free_server(0) is kept.servers[1]
+    kept.servers[1].holds(0)
 
 
 async def test_what_can_never_work_is_not_repeated(kept: Rig) -> None:
@@ -148,7 +150,7 @@ async def test_what_a_draining_server_cut_off_goes_on_elsewhere(
         for version, server in enumerate(made.servers):
             await server.client.stage(weights.publish(version))
             await server.client.commit(run_id, version)
-            server.version = version
+            server.holds(version)
         old, new = made.servers
         before = await generated(old)
         asked = []
@@ -179,7 +181,7 @@ async def test_a_repetition_is_never_sampled_with_older_weights(kept: Rig, weigh
     newest = weights.publish(1)
     await newer.client.stage(newest)
     await newer.client.commit(newest.run_id, 1)
-    newer.version = 1
+    newer.holds(1)
     newer.occupy(5)  # so that the lagging one would be chosen
     away = Server(ServerClient("http://127.0.0.1:9", KEY))
     away.occupy(1)
@@ -221,12 +223,13 @@ async def test_tries_are_limited(run_id: str) -> None:
     """Nobody there: the rollout is given up, with the last reason, and its group with it."""
     async with rig(["http://127.0.0.1:9"], run_id, keep=False, tries=1) as made:
         [server] = made.servers
-        server.alive, server.version = True, 0
+        server.up(fitting_info())
+        server.holds(0)
         server.occupy(1)
         asked = asyncio.create_task(made.pool.complete(server, with_prompt(TEMPLATE, PROMPT, 1, 0)))
         await until(server.lost.is_set)
         assert not server.ready, "nobody else is sent there until the keeper has looked"
-        server.lost.clear()
+        server.trust()
         with pytest.raises(RolloutFailed, match=r"given up after 2 tries; last: http://127.0.0.1:9: .*refused"):
             await asked
         assert server.running == 0

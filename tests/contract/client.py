@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -10,9 +11,15 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from outrider.contract import routes
-from outrider.contract.control import CommitRequest, StageRequest, WeightStatus
+from outrider.contract.chat import ChatChunk, ChatResponse
+from outrider.contract.control import CommitRequest, Inflight, StageRequest, WeightStatus
 from outrider.contract.errors import ErrorBody, ErrorDetail
-from outrider.contract.generation import CompletionChoice, CompletionResponse
+from outrider.contract.generation import (
+    PACKED_MEDIA_TYPE,
+    CompletionChoice,
+    CompletionResponse,
+    PackedCompletion,
+)
 from outrider.contract.manifest import Manifest
 
 Answer = TypeVar("Answer")
@@ -57,6 +64,47 @@ class Client:
         assert status == 200, body
         return msgspec.json.decode(body, type=CompletionResponse)
 
+    async def packed(self, **fields: Any) -> PackedCompletion:
+        """A completion as the collector asks for it."""
+        body = json.dumps({"logprobs": 0, "return_token_ids": True, **fields}).encode()
+        headers = {"Accept": PACKED_MEDIA_TYPE}
+        async with self.session.post(routes.COMPLETIONS, data=body, headers=headers) as answer:
+            content = await answer.read()
+            assert (answer.status, answer.content_type) == (200, PACKED_MEDIA_TYPE), content
+            return msgspec.msgpack.decode(content, type=PackedCompletion)
+
+    async def chat(self, **fields: Any) -> ChatResponse:
+        """A chat completion that is expected to succeed."""
+        status, body = await self.ask("POST", routes.CHAT, json.dumps(fields).encode())
+        assert status == 200, body
+        return msgspec.json.decode(body, type=ChatResponse)
+
+    async def events(self, path: str, **fields: Any) -> AsyncIterator[bytes]:
+        """The data of the events of a stream, as they come."""
+        body = json.dumps({**fields, "stream": True}).encode()
+        async with self.session.post(path, data=body) as answer:
+            assert answer.status == 200, await answer.read()
+            assert answer.content_type == "text/event-stream"
+            pending = b""
+            async for data in answer.content.iter_any():
+                *whole, pending = (pending + data).split(b"\n\n")
+                for event in whole:
+                    assert event.startswith(b"data: ")
+                    yield event.removeprefix(b"data: ")
+            assert not pending
+
+    async def chunks(self, **fields: Any) -> list[CompletionResponse]:
+        """A streamed completion that is expected to succeed."""
+        *events, last = [event async for event in self.events(routes.COMPLETIONS, **fields)]
+        assert last == b"[DONE]"
+        return [msgspec.json.decode(event, type=CompletionResponse) for event in events]
+
+    async def chat_chunks(self, **fields: Any) -> list[ChatChunk]:
+        """A streamed chat completion that is expected to succeed."""
+        *events, last = [event async for event in self.events(routes.CHAT, **fields)]
+        assert last == b"[DONE]"
+        return [msgspec.json.decode(event, type=ChatChunk) for event in events]
+
     async def choices(self, **fields: Any) -> list[CompletionChoice]:
         """Its choices, with token ids, log-probabilities and versions."""
         return (await self.complete(logprobs=0, return_token_ids=True, **fields)).choices
@@ -85,9 +133,9 @@ class Client:
         """Status and error of one that is expected to fail."""
         return await self.refusal(msgspec.json.encode(StageRequest(manifest=manifest)), routes.STAGE)
 
-    async def commit(self, manifest: Manifest) -> WeightStatus:
+    async def commit(self, manifest: Manifest, inflight: Inflight = "keep") -> WeightStatus:
         """A commit that is expected to succeed."""
-        status, body = await self.ask("POST", routes.COMMIT, commit_body(manifest))
+        status, body = await self.ask("POST", routes.COMMIT, commit_body(manifest, inflight))
         assert status == 200, body
         return msgspec.json.decode(body, type=WeightStatus)
 
@@ -118,6 +166,6 @@ class Client:
                 await asyncio.sleep(0.01)
 
 
-def commit_body(manifest: Manifest) -> bytes:
+def commit_body(manifest: Manifest, inflight: Inflight = "keep") -> bytes:
     """The body of the commit that follows a stage of ``manifest``."""
-    return msgspec.json.encode(CommitRequest(run_id=manifest.run_id, version=manifest.version))
+    return msgspec.json.encode(CommitRequest(run_id=manifest.run_id, version=manifest.version, inflight=inflight))

@@ -9,6 +9,7 @@ import pytest
 from outrider.contract.keys import client_key
 from tests.contract.client import Client
 from tests.contract.servers import ENGINES, STARTERS, Server
+from tests.contract.speaking import save_speaking_model
 from tests.server.models import save_endless_model
 
 #: Key of the servers that are given one; the shared server makes its own.
@@ -42,6 +43,22 @@ def key(server: Server) -> str:
 @pytest.fixture
 async def client(server: Server, key: str) -> AsyncIterator[Client]:
     async with Client(server.url, key) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def speaking_server(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves a model that babbles in bytes and knows conversations; see ``save_speaking_model``."""
+    directory = tmp_path_factory.mktemp("speaking-server")
+    model = save_speaking_model(tmp_path_factory.mktemp("speaking"))
+    server = STARTERS[engine](model, directory, "--max_num_seqs", "16", key=KEY)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def speaking_client(speaking_server: Server) -> AsyncIterator[Client]:
+    async with Client(speaking_server.url, KEY) as client:
         yield client
 
 

@@ -20,6 +20,7 @@ _ROUTES = [
     ("GET", routes.METRICS),
     ("GET", routes.MODELS),
     ("POST", routes.COMPLETIONS),
+    ("POST", routes.CHAT),
     ("GET", routes.INFO),
     ("POST", routes.STAGE),
     ("POST", routes.COMMIT),
@@ -54,10 +55,15 @@ async def test_with_the_key_an_unknown_route_is_not_found(client: Client, verb: 
     assert path in msgspec.json.decode(body, type=ErrorBody).error.message
 
 
-async def test_another_method_is_refused_in_the_same_shape(client: Client) -> None:
-    status, body = await client.ask("GET", routes.COMPLETIONS)
-    assert status == 405
-    assert msgspec.json.decode(body, type=ErrorBody).error.type == "invalid_request_error"
+@pytest.mark.parametrize(("verb", "path"), _ROUTES)
+async def test_another_method_is_refused_in_the_same_shape(client: Client, verb: str, path: str) -> None:
+    """And told which one there is."""
+    for other in {"GET", "POST", "PUT", "DELETE"} - {verb}:
+        async with client.session.request(other, path, data=b"{}") as answer:
+            error = msgspec.json.decode(await answer.read(), type=ErrorBody).error
+            assert (answer.status, error.type) == (405, "invalid_request_error")
+            assert verb in answer.headers["Allow"]
+            assert verb in error.message
 
 
 async def test_models_lists_the_served_one(client: Client, server: Server) -> None:

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from outrider.contract import routes
+from outrider.contract.chat import ChatRequest
 from outrider.contract.generation import CompletionChoice, CompletionRequest, version_spans_total
 from tests.contract.client import Client
 from tests.contract.servers import Server
@@ -37,6 +38,7 @@ async def test_tokens_logprobs_versions_and_usage(client: Client, server: Server
         assert {version for version, _ in choice.weight_versions} == {0}
         assert choice.finish_reason == ("length" if len(choice.token_ids) == 20 else "stop")
     generated = sum(len(choice.token_ids or []) for choice in answer.choices)
+    assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(PROMPT)
     assert answer.usage.completion_tokens == generated
     assert answer.usage.total_tokens == len(PROMPT) + generated
@@ -55,6 +57,7 @@ async def test_text_in_text_out(client: Client) -> None:
     assert (choice.token_ids or [])[-1] == 1
     assert choice.text
     assert "<" not in choice.text
+    assert answer.usage is not None
     assert answer.usage.prompt_tokens == 4
 
 
@@ -161,12 +164,22 @@ async def test_metrics_count(client: Client) -> None:
     answer = await client.complete(prompt=PROMPT, max_tokens=9, temperature=HOT)
     after = [await client.metric(f"vllm:{name}_total") for name in ("prompt_tokens", "generation_tokens")]
     gained = [new - old for new, old in zip(after, before, strict=True)]
+    assert answer.usage is not None
     assert gained == [len(PROMPT), answer.usage.completion_tokens]
 
 
-def test_every_field_of_the_contract_is_of_openai_or_vllm() -> None:
-    """A client's field is either served or refused: a new one here needs a test above."""
-    assert set(CompletionRequest.__struct_fields__) == {
-        "prompt", "model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop_token_ids", "logprobs",
-        "return_token_ids", "stream", "request_id", "user",
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_every_field_of_the_contract_is_of_openai_or_vllm(kind: type[CompletionRequest | ChatRequest]) -> None:
+    """A client's field is either served or refused: a new one here needs a test of what it does."""
+    own = {
+        CompletionRequest: {"prompt", "logprobs", "max_tokens", "echo", "best_of"},
+        ChatRequest: {
+            "messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "max_tokens",
+            "max_completion_tokens", "logprobs", "top_logprobs",
+        },
+    }  # fmt: skip
+    assert set(kind.__struct_fields__) == own[kind] | {
+        "model", "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "logit_bias", "min_tokens", "seed", "stop", "include_stop_str_in_output", "stop_token_ids",
+        "ignore_eos", "skip_special_tokens", "return_token_ids", "stream", "stream_options", "request_id", "user",
     }  # fmt: skip

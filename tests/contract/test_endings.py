@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo
-from outrider.contract.generation import CompletionChoice, version_spans_total
+from outrider.contract.generation import CompletionChoice, CompletionResponse, version_spans_total
 from tests.contract.client import PATIENCE, Client
 from tests.contract.conftest import KEY
 from tests.contract.servers import Server
@@ -56,29 +58,28 @@ async def test_with_no_time_to_drain_partial_completions_come_back(start_endless
     Before, ``/outrider/drain`` announces the end: new requests go elsewhere, running ones are not touched."""
     server = start_endless("--drain_timeout", "0", "--max_num_seqs", "4")
     async with Client(server.url, KEY) as client:
-        runs = asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=4))
-        await client.until_running(4)
+        runs = asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=3))
+        await client.until_running(3)
+        stream = client.events(routes.COMPLETIONS, prompt=[5, 8], max_tokens=LONG)
+        events = [await anext(stream) for _ in range(8)]  # by now the others have as many tokens, too
         waits = asyncio.create_task(client.choices(prompt=[5, 7], max_tokens=LONG, n=4))
-        async with asyncio.timeout(PATIENCE):
-            while await client.metric("vllm:num_requests_waiting") < 4:
-                await asyncio.sleep(0.01)
         status, body = await client.ask("POST", routes.DRAIN)
         assert status == 200
         assert b'"running":4' in body
         assert (await client.get(routes.INFO, ServerInfo)).draining
         assert (await client.refusal(_BODY))[0] == 503
         assert (await client.ask("GET", routes.HEALTH))[0] == 200
-        before = await client.metric("vllm:generation_tokens_total")
-        async with asyncio.timeout(PATIENCE):
-            while await client.metric("vllm:generation_tokens_total") < before + 16:
-                await asyncio.sleep(0.01)
         server.terminate()
         partial, untouched = await asyncio.gather(runs, waits)
+        events += [event async for event in stream]
     assert await asyncio.to_thread(server.wait) == 0
     assert all(4 <= len(choice.token_ids or []) < LONG for choice in partial)
     assert all(choice.token_ids == [] for choice in untouched)
     for choice in partial + untouched:
         _is_cut_off_in_order(choice)
+    assert events[-1] == b"[DONE]"
+    [last] = msgspec.json.decode(events[-2], type=CompletionResponse).choices
+    assert last.finish_reason == "abort"
 
 
 def _is_cut_off_in_order(choice: CompletionChoice) -> None:

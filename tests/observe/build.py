@@ -8,8 +8,11 @@ from outrider.observe.records import EvalRecord, StepRecord
 
 def make_step(step: int, max_steps: int = 10, **fields: Any) -> StepRecord:
     values: dict[str, Any] = {
-        "time": step * 2.0, "seconds": 2.0, "wait_seconds": 0.3, "train_seconds": 1.5, "publish_wait_seconds": 0.01,
-        "save_seconds": 0.1, "trainer_idle_share": 0.15, "generation_idle_share": 0.04, "loss": 0.01,
+        "time": step * 2.0, "seconds": 2.0, "wait_seconds": 0.3, "collate_seconds": 0.04, "train_seconds": 1.5,
+        "publish_wait_seconds": 0.01, "save_seconds": 0.1, "other_seconds": 0.05, "trainer_idle_share": 0.15,
+        "batch_seconds": 2.0, "generation_busy_seconds": 1.8, "generation_idle_seconds": 0.15,
+        "generation_down_seconds": 0.05, "generation_idle_share": 0.1, "reward_wait_seconds": 0.05,
+        "pack_seconds": 0.002, "loss": 0.01,
         "grad_norm": 0.4, "learning_rate": 1e-6, "reward": 0.05 * step, "reward_std": 0.2,
         "rewards": {"accuracy": 0.05 * step}, "completion_length": 120.5, "completion_length_max": 256,
         "truncated_share": 0.02, "staleness_mean": 0.7, "staleness_max": 1, "clip_low_share": 0.001,

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from outrider.observe import figures
-from outrider.observe.sparkline import bar, sparkline
+from outrider.observe.sparkline import bar, sparkline, stacked
 from tests.observe.conftest import WEIRD
 
 
@@ -79,3 +79,18 @@ def test_sparkline_of_nothing_constants_and_gaps() -> None:
 @pytest.mark.parametrize("share", [*WEIRD, 0.5, 2.0])
 def test_a_bar_has_its_width(share: float) -> None:
     assert len("".join(bar(share, 10))) == 10
+
+
+def test_parts_of_a_whole_fill_their_width() -> None:
+    assert stacked([0.5, 0.25, 0.25], 8) == [4, 2, 2]
+    assert stacked([1.0, 1.0, 1.0], 10) == [4, 3, 3]
+    assert stacked([0.97, 0.03], 10) == [10, 0]
+    assert stacked([], 10) == []
+    assert stacked([0.0, math.nan], 10) == [0, 0]
+
+
+@pytest.mark.parametrize("share", WEIRD)
+def test_parts_of_any_size_stay_inside(share: float) -> None:
+    cells = stacked([share, 0.5, share], 10)
+    assert sum(cells) in (0, 10)
+    assert min(cells) >= 0

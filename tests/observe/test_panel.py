@@ -73,9 +73,23 @@ def test_the_live_panel_shows_what_it_was_told() -> None:
     for expected in (
         "a [bold]title[/bold]", "5/10", "50%", "saving", "0.250", "0.300 version 3–4", "120 · max 256 · 2% cut",
         "0.7 · max 1 · K 1", "6,000", "0.002 · max 0.4", "2/2 at 4 3", "72 rollouts", "9 running · 2 ready",
-        "16 · 3 no signal", "1 failed · 0 stale", "server [red]a[/red] is back",
+        "16 · 3 no signal", "1 failed · 0 stale", "server [red]a[/red] is back", "72 rollouts · idle 10%",
     ):  # fmt: skip
         assert expected in text
+
+
+def test_the_live_panel_shows_where_time_goes_on_both_sides() -> None:
+    on = console(80, 24)
+    panel = live(on)
+    panel.step(make_step(1, seconds=100.0, train_seconds=98.0, wait_seconds=0.0))  # not among the latest
+    for step in range(2, 22):
+        panel.step(make_step(step, wait_seconds=1.0, train_seconds=1.0))
+    lines = shown(panel, on)
+    (trainer,) = [line for line in lines if line.startswith("│ trainer ")]
+    (servers,) = [line for line in lines if line.startswith("│ servers  ━")]
+    assert trainer.index("train 45%") < trainer.index("wait 45%") < trainer.index("save 5%")
+    assert "generate 90%  idle 5%" in servers
+    assert trainer.count("━") == servers.count("━") == 25
 
 
 @pytest.mark.parametrize("max_steps", [0, 10, 10**12])

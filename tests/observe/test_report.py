@@ -65,10 +65,14 @@ def test_a_whole_run(tmp_path: Path) -> None:
         rows.append(make_step(step, 200, reward=step / 200))
         rows += [make_evaluation(step, reward=step / 200)] if step % 20 == 0 else []
     page, text = report(tmp_path, rows, summary={"Servers": 4, "Held-out reward": "0.1 → 1"}, max_staleness=2)
-    for expected in ("200 of 200", "6 min 40 s", "0.1 → 1", "Servers", "K 2", "Held-out reward over time", "minutes"):
+    for expected in (
+        "200 of 200", "6 min 40 s", "0.1 → 1", "Servers", "K 2", "Held-out reward over time", "minutes",
+        "train: 5 min 0 s, 75%", "collate: 8.0 s, 2%", "generate: 6 min 0 s, 90%", "wait for rewards: 10 s, 2%",
+        "beside it: rewards 40 s, stage 60 s",
+    ):  # fmt: skip
         assert expected in page.text
     assert "0.100 → 1.000" not in page.text  # replaced by the summary's
-    assert page.count("svg") == 17
+    assert page.count("svg") == 19
     assert page.count("polygon", "band") > 0
     assert page.count("title") > 300
     assert text.startswith("<!DOCTYPE html>")
@@ -109,7 +113,7 @@ def test_short_runs(tmp_path: Path, rows: list[MetricsRow]) -> None:
     page, text = report(tmp_path, rows, max_staleness=0, logprob_gap_alarm=0.1)
     assert all(-1 <= value <= 400 for value in coordinates(text))
     # Every chart either has a drawing or says why not.
-    assert page.count("svg") + page.text.count("no data") in (17, 18)
+    assert page.count("svg") + page.text.count("no data") in (19, 21)
 
 
 def test_weird_rows(tmp_path: Path, weird_step: StepRecord) -> None:

@@ -1,216 +1,251 @@
-"""The embedded engine against ``generate``, against itself under other company, and through weight updates."""
+"""The embedded engine with its replicas as the processes they are: balance, weights on all of them, deaths."""
 
 import asyncio
-import random
-from collections.abc import Iterator
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from outrider.contract.generation import CompletionChoice, SamplingParams, version_spans_total
+from outrider.contract.arrays import unpack_floats, unpack_ints
+from outrider.contract.errors import UserError
+from outrider.contract.sampling import SamplingParams
 from outrider.server.config import RolloutConfig
-from outrider.server.engine import Conflict, InvalidRequest
+from outrider.server.engine import Conflict, InvalidRequest, Unavailable
 from outrider.server.torch_engine.engine import TorchEngine
-from outrider.server.torch_engine.loading import load_engine
+from outrider.server.torch_engine.loading import plan_engine
 from outrider.weights.publish import Publisher
+from tests.server.cores import Choice
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-def start(model: Path, **options: object) -> TorchEngine:
-    settings = {"max_num_seqs": 64, "max_model_len": 128, "max_num_batched_tokens": 256, **options}
-    return load_engine(RolloutConfig(model=str(model), threads=1, **settings), "key")  # type: ignore[arg-type]
+def build(model: Path, **options: object) -> TorchEngine:
+    settings = {"max_num_seqs": 32, "max_model_len": 512, "threads": 2, **options}
+    config = RolloutConfig(model=str(model), **settings)  # type: ignore[arg-type]
+    return TorchEngine(plan_engine(config, AutoTokenizer.from_pretrained(model)), seed=0, key="key")
 
 
-@pytest.fixture
-def engine(random_model: Path) -> Iterator[TorchEngine]:
-    engine = start(random_model)
-    yield engine
-    engine.close()
+async def complete(
+    engine: TorchEngine, prompt: list[int], n: int = 1, stream: bool = False, **sampling: object
+) -> list[Choice]:
+    choices = [Choice() for _ in range(n)]
+    async for delta in engine.generate(prompt, SamplingParams(**sampling), n, "test", stream):  # type: ignore[arg-type]
+        choice = choices[delta.index]
+        choice.tokens += unpack_ints(delta.token_ids).tolist()
+        choice.logprobs += unpack_floats(delta.logprobs).tolist()
+        choice.versions += delta.versions
+        choice.reason = delta.finish_reason
+    return choices
 
 
-def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
-    source = random.Random(seed)
-    return [[source.randrange(3, 99) for _ in range(source.randrange(1, longest))] for _ in range(count)]
-
-
-async def complete(engine: TorchEngine, prompt: list[int], n: int = 1, **sampling: object) -> list[CompletionChoice]:
-    return await engine.generate(prompt, SamplingParams(**sampling), n, "test")  # type: ignore[arg-type]
-
-
-def reference_logprobs(
-    model: torch.nn.Module, prompt: list[int], tokens: list[int], temperature: float
-) -> torch.Tensor:
-    """Log-probabilities of ``tokens`` by one plain forward pass over the whole sequence."""
-    ids = torch.tensor([prompt + tokens])
-    with torch.inference_mode():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-async def test_greedy_equals_generate(engine: TorchEngine, random_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32).eval()
-    batch = prompts(12)
-    answers = await asyncio.gather(*(complete(engine, p, max_tokens=24, temperature=0.0) for p in batch))
-    for prompt, [choice] in zip(batch, answers, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
-        assert choice.token_ids == expected.tolist()
-
-
-async def test_logprobs_are_those_of_the_trainer(engine: TorchEngine, random_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32).eval()
-    batch = prompts(16, seed=1)
-    answers = await asyncio.gather(
-        *(complete(engine, p, n=4, max_tokens=40, temperature=0.7, seed=i) for i, p in enumerate(batch))
-    )
-    gaps = []
-    for prompt, choices in zip(batch, answers, strict=True):
-        for choice in choices:
-            assert choice.token_ids is not None
-            assert choice.logprobs is not None
-            expected = reference_logprobs(model, prompt, choice.token_ids, 0.7)
-            gaps += (expected - torch.tensor(choice.logprobs.token_logprobs)).abs().tolist()
-    assert len(gaps) > 1000
-    assert sum(gaps) / len(gaps) <= 1e-5
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_company_does_not_change_a_sequence(random_model: Path, dtype: str) -> None:
-    """Alone, in a crowd, as one of n or with the prompt prefilled in chunks: the same bits."""
-    engine = start(random_model, torch_dtype=dtype)
-    batch = prompts(24, seed=2, longest=60)
-
-    async def one(index: int) -> list[CompletionChoice]:
-        return await complete(engine, batch[index], n=2, max_tokens=30, temperature=1.0, seed=index)
-
-    alone = [await one(index) for index in range(len(batch))]
-    order = list(range(len(batch)))
-    random.Random(0).shuffle(order)
-    crowd = dict(zip(order, await asyncio.gather(*(one(index) for index in order)), strict=True))
-    for index in range(len(batch)):
-        assert [c.token_ids for c in crowd[index]] == [c.token_ids for c in alone[index]]
-        assert [c.logprobs for c in crowd[index]] == [c.logprobs for c in alone[index]]
-    engine.close()
-
-
-async def test_truncated_sampling_reports_the_truncated_distribution(demo_model: Path) -> None:
-    engine = start(demo_model)
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
-    prompt = engine.encode("12+34=")
-    choices = await complete(engine, prompt, n=200, max_tokens=1, temperature=1.3, top_k=3, top_p=0.9, seed=5)
-    with torch.inference_mode():
-        probabilities = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / 1.3, -1)
-    top, ids = probabilities.topk(3)
-    top = top / top.sum()
-    kept = 1 + int((top.cumsum(0) < 0.9).sum())
-    expected = dict(zip(ids[:kept].tolist(), (top[:kept] / top[:kept].sum()).log().tolist(), strict=True))
-    seen: dict[int, float] = {}
-    for choice in choices:
-        assert choice.token_ids is not None
-        assert choice.logprobs is not None
-        seen[choice.token_ids[0]] = choice.logprobs.token_logprobs[0]
-    assert seen.keys() <= expected.keys()
-    for token, logprob in seen.items():
-        assert logprob == pytest.approx(expected[token], abs=1e-4)
-    engine.close()
-
-
-async def test_sampling_follows_the_distribution(demo_model: Path) -> None:
-    engine = start(demo_model)
-    choices = await complete(engine, engine.encode("47+38="), n=1000, max_tokens=1, temperature=1.0, seed=3)
-    frequency: dict[int, float] = {}
-    probability: dict[int, float] = {}
-    for choice in choices:
-        assert choice.token_ids is not None
-        assert choice.logprobs is not None
-        token = choice.token_ids[0]
-        frequency[token] = frequency.get(token, 0) + 1 / 1000
-        probability[token] = float(torch.tensor(choice.logprobs.token_logprobs[0]).exp())
-    for token, share in frequency.items():
-        assert abs(share - probability[token]) < 5 * (probability[token] / 1000) ** 0.5 + 0.005
-    engine.close()
-
-
-async def test_limits_stops_and_aborts(demo_model: Path) -> None:
-    engine = start(demo_model, max_num_seqs=4)
-    [choice] = await complete(engine, [5, 6], max_tokens=7, temperature=1.0, seed=1, stop_token_ids=tuple(range(3, 10)))
-    assert choice.finish_reason == "length" or choice.token_ids[-1] in {1, *range(3, 10)}  # type: ignore[index]
-    with pytest.raises(InvalidRequest, match="limit of 128"):
-        await complete(engine, [5] * 100, max_tokens=29)
-    with pytest.raises(InvalidRequest, match="token id 99"):
-        await complete(engine, [99], max_tokens=1)
-    with pytest.raises(InvalidRequest, match="empty"):
-        await complete(engine, [], max_tokens=1)
-    tasks = [asyncio.create_task(complete(engine, [5, 7 + i], n=3, max_tokens=120)) for i in range(8)]
-    await asyncio.sleep(0)
-    for task in tasks[::2]:
-        task.cancel()
-    rest = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [isinstance(result, asyncio.CancelledError) for result in rest] == [True, False] * 4
-    assert all(len(result) == 3 for result in rest[1::2])  # type: ignore[arg-type]
-    await asyncio.sleep(0.2)
-    assert engine.slots.used == 0
-    assert engine.scheduler.waiting_count == 0
-    engine.close()
-
-
-async def test_weights_change_between_two_steps_of_running_requests(random_model: Path) -> None:
-    """Every recorded log-probability is that of the recorded version, with the cache kept across the change."""
-    engine = start(random_model)
-    new = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+@pytest.fixture(scope="module")
+def changed(endless_model: Path) -> torch.nn.Module:
+    """The model with other weights."""
+    model = AutoModelForCausalLM.from_pretrained(endless_model, dtype=torch.float32).eval()
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    publisher = Publisher(dict(new.named_parameters()), "float32", "run", engine.info().model_fingerprint, None)
+        for name, parameter in model.named_parameters():
+            if "layers" in name and "o_proj" not in name and "down_proj" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+async def engine(endless_model: Path) -> AsyncIterator[TorchEngine]:
+    """Two replicas of one thread each; tests leave any weights behind, and commit those that they rely on."""
+    engine = build(endless_model)
+    await engine.start()
+    assert len(engine.replicas) == 2
+    yield engine
+    await engine.close()
+
+
+async def settle(engine: TorchEngine) -> None:
+    """Wait until both replicas serve and nothing runs."""
+    async with asyncio.timeout(60):
+        while not all(replica.ready for replica in engine.replicas) or engine.load().running:
+            await asyncio.sleep(0.05)
+
+
+def kill(engine: TorchEngine, index: int) -> None:
+    process = engine.replicas[index].process
+    assert process is not None
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+
+
+async def test_both_replicas_work(engine: TorchEngine) -> None:
+    tasks = [asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=200)) for i in range(12)]
+    await asyncio.sleep(0.5)
+    shares = [len(replica.requests) for replica in engine.replicas]
+    for choices in await asyncio.gather(*tasks):
+        assert [(len(c.tokens), c.reason) for c in choices] == [(200, "length")] * 2
+    assert min(shares) >= 4
+    load = engine.load()
+    assert load.generated_tokens >= 24 * 200
+    assert (load.running, load.waiting) == (0, 0)
+
+
+async def test_a_seed_gives_the_same_tokens_on_every_replica(engine: TorchEngine) -> None:
+    answers = await asyncio.gather(*(complete(engine, [5, 6, 7], n=2, max_tokens=40, seed=3) for _ in range(40)))
+    assert all(answer == answers[0] for answer in answers)
+
+
+async def test_what_cannot_be_served_is_refused(engine: TorchEngine) -> None:
+    for prompt, sampling, message in [
+        ([5] * 400, {"max_tokens": 113}, "limit of 512"),
+        ([99], {}, "token id 99 is outside the vocabulary, 0 to 98"),
+        ([-1], {}, "token id -1"),
+        ([], {}, "empty"),
+        ([5], {"stop_token_ids": (5, 200)}, "stop_token_ids: token id 200"),
+        ([5], {"stop_token_ids": tuple(range(40))}, "at most 15"),
+        ([5], {"logit_bias": ((100, 1.0),)}, "logit_bias: token id 100"),
+        ([5], {"min_tokens": 20}, "min_tokens: must be between 0 and max_tokens, 16"),
+    ]:
+        with pytest.raises(InvalidRequest, match=message):
+            await complete(engine, prompt, **sampling)  # type: ignore[arg-type]
+
+
+async def test_closing_a_generation_frees_its_place(engine: TorchEngine) -> None:
+    generations = [engine.generate([5], SamplingParams(max_tokens=500), 8, "x", False) for _ in range(8)]
+    await asyncio.sleep(0.3)
+    assert engine.load().waiting > 0
+    for generation in generations:
+        generation.close()
+        generation.close()
+    await settle(engine)
+    assert engine._requests == {}
+    assert [replica.sequences for replica in engine.replicas] == [0, 0]
+
+
+async def test_one_choice_can_be_ended(engine: TorchEngine) -> None:
+    generation = engine.generate([5], SamplingParams(max_tokens=100), 2, "x", True)
+    counts = [0, 0]
+    async for delta in generation:
+        counts[delta.index] += len(unpack_ints(delta.token_ids))
+        if counts[0] >= 10:
+            generation.end_choice(0)
+    assert counts[1] == 100
+    assert 10 <= counts[0] < 100
+
+
+async def test_weights_change_on_every_replica(engine: TorchEngine, changed: torch.nn.Module) -> None:
+    publisher = Publisher(dict(changed.named_parameters()), "float32", "run", engine.info().model_fingerprint, None)
     try:
-        before = await complete(engine, [5, 6, 7], max_tokens=20, temperature=0.0)
-        running = [asyncio.create_task(complete(engine, p, n=2, max_tokens=100, seed=1)) for p in prompts(10, 3, 20)]
-        manifest = publisher.publish(3).result()
-        assert (await engine.stage(manifest)).state == "staged"
+        running = [asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=300)) for i in range(8)]
+        assert (await engine.stage(publisher.publish(3).result())).state == "staged"
         with pytest.raises(Conflict, match="version 4"):
-            await engine.commit("run", 4)
-        assert (await engine.commit("run", 3)).version == 3
+            await engine.commit("run", 4, "keep")
+        assert (await engine.commit("run", 3, "keep")).version == 3
         for choices in await asyncio.gather(*running):
-            for choice in choices:
-                assert version_spans_total(choice.weight_versions or []) == len(choice.token_ids or [])
-                assert {version for version, _ in choice.weight_versions or []} <= {0, 3}
-        after = await complete(engine, [5, 6, 7], max_tokens=20, temperature=0.0)
-        expected = new.eval().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=20, do_sample=False)[0, 3:]
-        assert after[0].token_ids == expected.tolist()
-        assert after[0].logprobs != before[0].logprobs
+            assert {version for choice in choices for version, _ in choice.versions} <= {0, 3}
+        expected = changed.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=20, do_sample=False)[0, 3:].tolist()  # type: ignore[operator]
+        answers = await asyncio.gather(
+            *(complete(engine, [5, 6, 7], max_tokens=20, temperature=0.0) for _ in range(40))
+        )
+        assert all(choice.tokens == expected for [choice] in answers)
+        kill(engine, 0)  # its successor must come up with version 3, though the trainer has gone on
+        publisher.publish(4).result()
+        publisher.publish(5).result()
+        await asyncio.sleep(0.3)
+        await settle(engine)
+        answers = await asyncio.gather(
+            *(complete(engine, [5, 6, 7], max_tokens=20, temperature=0.0) for _ in range(40))
+        )
+        assert all(choice.tokens == expected and choice.versions == [(3, 20)] for [choice] in answers)
     finally:
         publisher.close()
-        engine.close()
 
 
-async def test_bad_manifests_leave_the_old_weights(demo_model: Path) -> None:
-    engine = start(demo_model)
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    fingerprint = engine.info().model_fingerprint
-    before = await complete(engine, [5, 6, 7], max_tokens=10, temperature=0.0)
-    publisher = Publisher(dict(model.named_parameters()), "float32", "run", fingerprint, None)
-    other = Publisher(dict(list(model.named_parameters())[1:]), "float32", "part", fingerprint, None)
-    foreign = Publisher(dict(model.named_parameters()), "float32", "foreign", "somebody else", None)
+async def test_wait_lets_what_runs_end_first(engine: TorchEngine, changed: torch.nn.Module) -> None:
+    publisher = Publisher(dict(changed.named_parameters()), "float32", "wait", engine.info().model_fingerprint, None)
     try:
-        torn = publisher.publish(1).result()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1.0)
-        publisher.publish(3).result()  # the same buffer as version 1
+        running = [asyncio.create_task(complete(engine, [5, 6 + i], max_tokens=300)) for i in range(8)]
+        await asyncio.sleep(0.1)
+        await engine.stage(publisher.publish(7).result())
+        commit = asyncio.create_task(engine.commit("wait", 7, "wait"))
+        await asyncio.sleep(0)
+        later = await complete(engine, [5], max_tokens=5)
+        assert (await commit).version == 7
+        for [choice] in await asyncio.gather(*running):
+            assert len(choice.versions) == 1
+            assert choice.versions[0][0] != 7
+        assert later[0].versions == [(7, 5)]
+    finally:
+        publisher.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_dead_replicas_requests_are_issued_again(engine: TorchEngine, stream: bool) -> None:
+    expected = [await complete(engine, [5, 6 + i], n=2, max_tokens=400, seed=i) for i in range(8)]
+    tasks = [
+        asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=400, seed=i, stream=stream)) for i in range(8)
+    ]
+    await asyncio.sleep(0.15)
+    restarts = engine.load().restarts
+    kill(engine, 1)
+    for choices, wanted in zip(await asyncio.gather(*tasks), expected, strict=True):
+        assert [(c.tokens, c.logprobs, c.reason) for c in choices] == [(c.tokens, c.logprobs, c.reason) for c in wanted]
+    await settle(engine)
+    assert engine.load().restarts == restarts + 1
+
+
+async def test_bad_manifests_leave_the_old_weights(engine: TorchEngine, changed: torch.nn.Module) -> None:
+    fingerprint, version = engine.info().model_fingerprint, engine.status().version
+    before = await complete(engine, [5, 6, 7], max_tokens=10, temperature=0.0)
+    weights = {name: parameter.detach().clone() for name, parameter in changed.named_parameters()}
+    publisher = Publisher(weights, "float32", "run", fingerprint, None)
+    other = Publisher(dict(list(weights.items())[1:]), "float32", "part", fingerprint, None)
+    foreign = Publisher(weights, "float32", "foreign", "somebody else", None)
+    try:
+        torn = publisher.publish(21).result()
+        for tensor in weights.values():
+            tensor.add_(1.0)
+        publisher.publish(22).result()
+        publisher.publish(23).result()  # the same buffer as version 21
         for manifest, complaint in [
             (torn, "checksum"),
-            (other.publish(1).result(), "is missing"),
-            (foreign.publish(1).result(), "somebody else"),
+            (other.publish(21).result(), "is missing"),
+            (foreign.publish(21).result(), "somebody else"),
         ]:
             with pytest.raises(Conflict, match=complaint):
                 await engine.stage(manifest)
             assert engine.status().state == "failed"
             with pytest.raises(Conflict, match="nothing is staged"):
-                await engine.commit("run", 1)
-        after = await complete(engine, [5, 6, 7], max_tokens=10, temperature=0.0)
-        assert after == before
+                await engine.commit("run", 21, "keep")
+        assert await complete(engine, [5, 6, 7], max_tokens=10, temperature=0.0) == before
+        assert engine.status().version == version
     finally:
         for each in (publisher, other, foreign):
             each.close()
-        engine.close()
+
+
+async def test_replicas_that_die_again_and_again_end_the_engine(endless_model: Path) -> None:
+    engine = build(endless_model, data_parallel_size=1, threads=1)
+    await engine.start()
+    try:
+        task = asyncio.create_task(complete(engine, [5], max_tokens=500, n=16))
+        async with asyncio.timeout(120):
+            while not engine.failure():
+                process = engine.replicas[0].process
+                if process is not None and process.pid is not None:
+                    os.kill(process.pid, signal.SIGKILL)
+                await asyncio.sleep(0.3)
+        with pytest.raises(Unavailable, match="died"):
+            await task
+        with pytest.raises(Unavailable, match="replica 0 died 5 times in a row"):
+            engine.generate([5], SamplingParams(), 1, "x", False)
+    finally:
+        await engine.close()
+
+
+async def test_a_model_that_cannot_be_loaded_is_the_users_to_mend(endless_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(endless_model, tmp_path, ignore=lambda *_: ["model.safetensors"], dirs_exist_ok=True)
+    engine = build(tmp_path, threads=1)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        await engine.start()

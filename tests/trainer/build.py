@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from outrider.contract.feed import Batch, BatchStats, Sample, pack_floats, pack_ints
+from outrider.contract.arrays import pack_floats, pack_ints
+from outrider.contract.feed import Batch, BatchStats, Sample
 from outrider.trainer.config import ModelConfig
 from outrider.trainer.model import Policy
+from outrider.trainer.packing import MicroBatch, collate
 
 VOCABULARY = 99
 
@@ -28,13 +30,15 @@ def sample(prompt: Sequence[int], completion: Sequence[int], **fields: Any) -> S
 
 
 def random_samples(count: int, seed: int, masks: bool = False) -> list[Sample]:
-    """Rollouts of unequal lengths in groups of two; advantages of both signs, sampler log-probabilities near 0.
+    """Rollouts of unequal lengths, two to a prompt; advantages of both signs, sampler log-probabilities near 0.
 
     masks: every other rollout has tokens that an environment wrote.
     """
     draw = np.random.default_rng(seed)
     found = []
     for index in range(count):
+        if index % 2 == 0:
+            prompt = draw.integers(2, VOCABULARY, int(draw.integers(1, 9)))
         length = int(draw.integers(1, 12))
         mask = None
         if masks and index % 2:
@@ -42,7 +46,7 @@ def random_samples(count: int, seed: int, masks: bool = False) -> list[Sample]:
             mask[-1] = 1
         found.append(
             sample(
-                draw.integers(2, VOCABULARY, int(draw.integers(1, 9))),
+                prompt,
                 draw.integers(2, VOCABULARY, length),
                 group=index // 2,
                 logprobs=draw.normal(-4.0, 1.0, length),
@@ -67,6 +71,11 @@ def batch_of(samples: list[Sample], sequences: int | None = None, tokens: int | 
         tokens=sum(map(trained_tokens, samples)) if tokens is None else tokens,
         stats=BatchStats(**stats),
     )
+
+
+def one_a_row(samples: Sequence[Sample]) -> MicroBatch:
+    """All of them as one micro-batch, each in a row of its own."""
+    return collate([[sample] for sample in samples], torch.device("cpu"))
 
 
 def make_policy(

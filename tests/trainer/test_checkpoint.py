@@ -12,18 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
 from outrider.trainer.checkpoint import (
+    Contents,
     SaveFailed,
     TrainerState,
     find_checkpoint,
     list_checkpoints,
     load_optimizer,
     load_state,
-    model_bytes,
-    optimizer_bytes,
     save_checkpoint,
     write_directory,
     write_model,
@@ -31,9 +30,8 @@ from outrider.trainer.checkpoint import (
 from outrider.trainer.config import OptimizerConfig
 from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import make_optimizer
-from outrider.trainer.packing import collate
-from tests.server.models import save_model
-from tests.trainer.build import make_policy, random_samples
+from tests.server.models import DEMO_MODEL, save_model
+from tests.trainer.build import make_policy, one_a_row, random_samples
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def policy(model: Path) -> Policy:
 def optimizer(policy: Policy) -> torch.optim.Optimizer:
     """After one step, so that there is a state to keep."""
     made = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
-    policy.logprobs(collate(random_samples(4, seed=20), policy.device)).sum().backward()
+    policy.logprobs(one_a_row(random_samples(4, seed=20))).sum().backward()
     made.step()
     made.zero_grad(set_to_none=True)
     return made
@@ -60,13 +58,28 @@ def state_of(step: int, policy: Policy) -> TrainerState:
     return TrainerState(step=step, max_steps=9, time=1.5, model_fingerprint=policy.fingerprint)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model)
+
+
 @pytest.fixture
-def save(policy: Policy, optimizer: torch.optim.Optimizer, model: Path, tmp_path: Path) -> Any:
+def contents(policy: Policy, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a checkpoint of a step holds."""
+
+    def of(step: int, only_model: bool = False) -> Contents:
+        kept = None if only_model else optimizer.state_dict()
+        return Contents(state_of(step, policy), policy.model, tokenizer, policy.model.state_dict(), kept)
+
+    return of
+
+
+@pytest.fixture
+def save(contents: Any, tmp_path: Path) -> Any:
     """Saves the checkpoint of a step in ``tmp_path``."""
 
     def run(step: int, keep: int | None = None, only_model: bool = False) -> Path:
-        kept = None if only_model else optimizer
-        return save_checkpoint(tmp_path, state_of(step, policy), policy.model, str(model), kept, keep)
+        return save_checkpoint(tmp_path, contents(step, only_model), keep)
 
     return run
 
@@ -100,15 +113,17 @@ def test_a_resumed_optimizer_takes_the_same_step(save: Any, tmp_path: Path) -> N
         policy = make_policy(path)
         optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-2))
         load_optimizer(path, optimizer)
-        policy.logprobs(collate(random_samples(3, seed=21), policy.device)).sum().backward()
+        policy.logprobs(one_a_row(random_samples(3, seed=21))).sum().backward()
         optimizer.step()
         stepped.append([parameter.detach() for parameter in policy.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*stepped, strict=True))
 
 
-def test_the_export_is_a_hugging_face_directory(policy: Policy, model: Path, tmp_path: Path) -> None:
-    final = tmp_path / "final"
-    write_directory(final, lambda directory: write_model(directory, policy.model, str(model)), 0)
+def test_the_export_is_a_hugging_face_directory(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, model: Path, tmp_path: Path
+) -> None:
+    final, weights = tmp_path / "final", policy.model.state_dict()
+    write_directory(final, lambda directory: write_model(directory, policy.model, tokenizer, weights), 0)
     loaded = AutoModelForCausalLM.from_pretrained(final)
     ids = torch.tensor([[5, 17, 40, 7]])
     with torch.no_grad():
@@ -191,7 +206,7 @@ def test_broken_files_are_named(save: Any, policy: Policy) -> None:
     [
         (torch, "save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
         (torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")),
-        (AutoTokenizer, "from_pretrained", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        (PreTrainedTokenizerBase, "save_pretrained", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
         (safetensors.torch, "serialize_file", SafetensorError("Error while serializing: I/O error: No space left")),
     ],
 )
@@ -225,30 +240,68 @@ def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_the_estimate_is_what_is_written(save: Any, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def test_the_estimate_is_what_is_written(save: Any, contents: Any) -> None:
     path = save(1)
-    assert (path / "model.safetensors").stat().st_size == pytest.approx(model_bytes(policy.model), rel=0.05)
-    assert (path / "optimizer.pt").stat().st_size == pytest.approx(optimizer_bytes(optimizer), rel=0.1)
+    written = sum((path / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
+    assert written == pytest.approx(contents(1).nbytes, rel=0.1)
+
+
+def test_a_copy_is_of_now_and_of_its_own(contents: Any, policy: Policy, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    moments = [state["exp_avg"].clone() for state in contents(1).optimizer["state"].values()]
+    copy = contents(1).copy()
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(1.0)
+    for state in contents(1).optimizer["state"].values():
+        state["exp_avg"].add_(1.0)
+    path = save_checkpoint(tmp_path, copy, None)
+    saved = make_policy(path).model.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    found = torch.load(path / "optimizer.pt", weights_only=True)["state"].values()
+    assert all(torch.equal(state["exp_avg"], value) for state, value in zip(found, moments, strict=True))
+
+
+def test_a_copy_keeps_tied_weights_tied(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    policy = make_policy(DEMO_MODEL)
+    contents = Contents(state_of(1, policy), policy.model, tokenizer, policy.model.state_dict(), None)
+    copy = contents.copy()
+    assert copy.weights["lm_head.weight"] is copy.weights["model.embed_tokens.weight"]
+    assert copy.nbytes == contents.nbytes == sum(p.nbytes for p in policy.model.parameters())
+    plain = (save_checkpoint(tmp_path, contents, None) / "model.safetensors").read_bytes()
+    assert (save_checkpoint(tmp_path, copy, None) / "model.safetensors").read_bytes() == plain
+
+
+def test_no_memory_for_a_copy_is_a_failed_save(contents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+    held = contents(7)
+    monkeypatch.setattr(torch.Tensor, "to", failing)
+    with pytest.raises(SaveFailed, match=r"checkpoint-7: no memory for a copy: .*can't allocate memory"):
+        held.copy()
 
 
 WRITES = """
 import resource, sys
 from pathlib import Path
-from outrider.trainer.checkpoint import SaveFailed, TrainerState, save_checkpoint
+from transformers import AutoTokenizer
+from outrider.trainer.checkpoint import Contents, SaveFailed, TrainerState, save_checkpoint
 from outrider.trainer.config import OptimizerConfig
 from outrider.trainer.optimizer import make_optimizer
-from outrider.trainer.packing import collate
-from tests.trainer.build import make_policy, random_samples
+from tests.trainer.build import make_policy, one_a_row, random_samples
 
 model, directory, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 policy = make_policy(model)
 optimizer = make_optimizer(policy.model, OptimizerConfig())
-policy.logprobs(collate(random_samples(2, seed=0), policy.device)).sum().backward()
+policy.logprobs(one_a_row(random_samples(2, seed=0))).sum().backward()
 optimizer.step()
 state = TrainerState(step=1, max_steps=1, time=0.0, model_fingerprint=policy.fingerprint)
+tokenizer = AutoTokenizer.from_pretrained(model)
+contents = Contents(state, policy.model, tokenizer, policy.model.state_dict(), optimizer.state_dict())
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    save_checkpoint(directory, state, policy.model, str(model), optimizer, None)
+    save_checkpoint(directory, contents, None)
 except SaveFailed as error:
     print("refused:", error)
 """

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, GraniteConfig, LlamaConfig, PretrainedConfig
 
+from outrider.contract.arrays import unpack_ints
 from outrider.contract.errors import UserError
-from outrider.contract.feed import unpack_ints
-from outrider.trainer.packing import collate
 from tests.server.models import DEMO_MODEL, save_model
-from tests.trainer.build import VOCABULARY, make_policy, random_samples
+from tests.trainer.build import VOCABULARY, make_policy, one_a_row, random_samples
 
-CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 1,
@@ -52,7 +50,7 @@ def plain_logprobs(directory: Path, samples: list[Any], temperature: float) -> T
 def test_logprobs_are_those_of_a_plain_forward(random_model: Path, temperature: float) -> None:
     samples = random_samples(6, seed=1, masks=True)
     policy = make_policy(random_model, temperature, chunk=5)
-    found = policy.logprobs(collate(samples, CPU))
+    found = policy.logprobs(one_a_row(samples))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.detach(), plain_logprobs(random_model, samples, temperature), rtol=0, atol=2e-5)
 
@@ -61,8 +59,8 @@ def test_padding_changes_nothing(random_model: Path) -> None:
     samples = random_samples(6, seed=2)
     policy = make_policy(random_model)
     with torch.no_grad():
-        together = policy.logprobs(collate(samples, CPU))
-        alone = torch.cat([policy.logprobs(collate([sample], CPU)) for sample in samples])
+        together = policy.logprobs(one_a_row(samples))
+        alone = torch.cat([policy.logprobs(one_a_row([sample])) for sample in samples])
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
 
 
@@ -84,7 +82,7 @@ def test_models_that_scale_their_logits_are_refused(config: PretrainedConfig, tm
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(llama: Path) -> None:
-    micro = collate(random_samples(4, seed=3), CPU)
+    micro = one_a_row(random_samples(4, seed=3))
     gradients = []
     for recompute in (False, True):
         policy = make_policy(llama, gradient_checkpointing=recompute)
@@ -97,7 +95,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(llama: Path) -> None:
 def test_dropout_is_off_although_the_model_trains(tmp_path: Path) -> None:
     config = LlamaConfig(**TINY, attention_dropout=0.5)
     policy = make_policy(saved(config, tmp_path / "model"))
-    micro = collate(random_samples(4, seed=4), CPU)
+    micro = one_a_row(random_samples(4, seed=4))
     assert policy.model.training
     assert torch.equal(policy.logprobs(micro), policy.logprobs(micro))
 
@@ -105,14 +103,14 @@ def test_dropout_is_off_although_the_model_trains(tmp_path: Path) -> None:
 def test_a_reference_has_no_gradients_and_computes_in_the_precision_asked_for(llama: Path) -> None:
     policy = make_policy(llama, trainable=False, torch_dtype="bfloat16")
     assert {(p.dtype, p.requires_grad) for p in policy.model.parameters()} == {(torch.bfloat16, False)}
-    assert not policy.logprobs(collate(random_samples(2, seed=5), CPU)).requires_grad
+    assert not policy.logprobs(one_a_row(random_samples(2, seed=5))).requires_grad
 
 
 def test_master_weights_are_float32_whatever_the_precision(llama: Path) -> None:
     policy = make_policy(llama, torch_dtype="bfloat16")
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     samples = random_samples(4, seed=6)
-    found = policy.logprobs(collate(samples, CPU))
+    found = policy.logprobs(one_a_row(samples))
     found.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.model.parameters())
     torch.testing.assert_close(found.detach(), plain_logprobs(llama, samples, 1.0), rtol=0, atol=0.5)

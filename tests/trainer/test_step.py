@@ -7,12 +7,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from outrider.algorithm.losses import LossSpec
-from outrider.contract.feed import Batch, Sample, unpack_floats, unpack_ints
+from outrider.contract.arrays import unpack_floats, unpack_ints
+from outrider.contract.feed import Batch, Sample
+from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, CorrectionMode
 from outrider.trainer.model import Policy
 from outrider.trainer.step import StepComputer, StepOutcome
 from tests.server.models import save_model
-from tests.trainer.build import batch_of, make_policy, random_samples, sample, trained_tokens
+from tests.trainer.build import batch_of, make_policy, one_a_row, random_samples, sample, trained_tokens
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 MAX_LENGTH = 16
@@ -59,7 +61,7 @@ def gradient(
     config = BatchConfig(per_device_train_batch_size=rows, max_tokens_per_micro_batch=budget)
     policy.model.zero_grad(set_to_none=True)
     computer = StepComputer(policy, reference, spec, config, correction, threshold, max_grad_norm)
-    outcome = computer.gradients(batch)
+    outcome = computer.gradients(batch, StepClock())
     return outcome, {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
@@ -169,10 +171,8 @@ def test_the_gap_is_between_trainer_and_sampler(policy: Policy) -> None:
 
 
 def own_logprobs(policy: Policy, samples: list[Sample]) -> list[list[float]]:
-    from outrider.trainer.packing import collate
-
     with torch.no_grad():
-        return [policy.logprobs(collate([one], policy.device)).tolist() for one in samples]
+        return [policy.logprobs(one_a_row([one])).tolist() for one in samples]
 
 
 def test_the_gradient_is_clipped_and_its_norm_before_that_is_told(policy: Policy) -> None:

@@ -1,9 +1,18 @@
-"""From a model directory or hub id to an embedded engine."""
+"""From a model directory or hub id to the facts of an engine, and to the model of a replica."""
 
+import functools
 import os
+from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from outrider import __version__
@@ -13,29 +22,58 @@ from outrider.contract.identity import SPECIAL_TOKENS, host_identity, model_fing
 from outrider.contract.options import DTypeChoice
 from outrider.server.config import RolloutConfig
 from outrider.server.torch_engine.attention import ATTENTION_NAME
-from outrider.server.torch_engine.cache import slot_bytes
-from outrider.server.torch_engine.engine import TorchEngine
+from outrider.server.torch_engine.cache import position_bytes, round_positions
+from outrider.server.torch_engine.messages import ReplicaSpec
+from outrider.server.torch_engine.prefix import BLOCK
 
 #: Context of a model that was made for more, unless --max_model_len says otherwise.
 DEFAULT_CONTEXT = 4096
+#: Share of --kv_cache_gib that keeps the keys and values of ended sequences.
+PREFIX_SHARE = 0.2
+#: On the CPU, models of up to so many bytes of weights are served by one single-threaded replica a core: their matrix
+#: products are too small to be shared by threads, and their weights stay in the caches of every core.
+SMALL_MODEL_BYTES = 256 * 2**20
 
 
-def load_engine(config: RolloutConfig, key: str) -> TorchEngine:
-    """Load model and tokenizer and start the engine. Raises UserError for what the user can mend."""
-    transformers_logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine as it is to be: what it says of itself, and its replicas."""
+
+    info: ServerInfo
+    dtype: torch.dtype
+    replicas: tuple[ReplicaSpec, ...]
+
+
+def plan_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> EnginePlan:
+    """Work out everything that can be known before a model is loaded. Raises UserError for what the user can mend."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
         model_config = AutoConfig.from_pretrained(config.model)
-        dtype = serving_dtype(config.torch_dtype, device)
-        limit = context_limit(config, model_config)
-        slots = slots_that_fit(config, model_config, limit, dtype)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        declared = _declared_stops(config.model)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {config.model}: cannot be loaded: {error}") from error
-    model = model.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    text_config = model_config.get_text_config()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = serving_dtype(config.torch_dtype, device)
+    limit = context_limit(config, text_config)
+    count = replica_count(config, text_config, dtype, device)
+    slots = -(-config.max_num_seqs // count)
+    positions, blocks = cache_size(config, text_config, limit, dtype, count)
+    replicas = tuple(
+        ReplicaSpec(
+            name=f"replica {index}",
+            model=config.model,
+            dtype=str(dtype).removeprefix("torch."),
+            device=f"cuda:{index}" if device == "cuda" else "cpu",
+            threads=replica_threads(config, count) if device == "cpu" else 0,
+            max_model_len=limit,
+            max_num_seqs=slots,
+            max_num_batched_tokens=max(config.max_num_batched_tokens // count, slots + 16),
+            cache_positions=positions,
+            prefix_blocks=blocks if config.enable_prefix_caching else 0,
+            stop_tokens=tuple(sorted(stop_tokens(declared, tokenizer.eos_token_id))),
+        )
+        for index in range(count)
+    )
     info = ServerInfo(
         engine="torch",
         engine_version=__version__,
@@ -44,29 +82,39 @@ def load_engine(config: RolloutConfig, key: str) -> TorchEngine:
         tokenizer_hash=hash_of(tokenizer),
         torch_dtype=str(dtype).removeprefix("torch."),
         max_model_len=limit,
-        max_num_seqs=slots,
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_num_seqs=slots * count,
+        vocab_size=text_config.vocab_size,
         version=0,
         run_id="",
         host=host_identity(),
-        capabilities=("inflight_keep", "weights_shared_memory", "weights_http"),
+        capabilities=("inflight_keep", "inflight_recompute", "inflight_wait", "weights_shared_memory", "weights_http"),
     )
-    return TorchEngine(
-        model,
-        tokenizer,
-        info,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        stop_tokens=stop_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id),
-        seed=config.seed,
-        key=key,
-    )
+    return EnginePlan(info, dtype, replicas)
+
+
+def load_model(spec: ReplicaSpec) -> PreTrainedModel:
+    """The model of a replica, ready for inference. Raises UserError."""
+    transformers_logging.disable_progress_bar()
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {spec.model}: cannot be loaded: {error}") from error
+    return model.to(torch.device(spec.device)).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
 def serving_dtype(choice: DTypeChoice, device: str) -> torch.dtype:
-    """``auto`` is bfloat16 on CUDA and float32 on the CPU."""
+    """``auto`` is bfloat16 where the processor multiplies matrices of it (CUDA, CPUs with AMX), else float32: without
+    such units bfloat16 takes twice as long as float32 (measured on AVX-512)."""
     if choice == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
+        return torch.bfloat16 if device == "cuda" or has_bfloat16_units() else torch.float32
     return getattr(torch, choice)
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Whether this CPU has matrix units for bfloat16."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def context_limit(config: RolloutConfig, model_config: PreTrainedConfig) -> int:
@@ -79,16 +127,53 @@ def context_limit(config: RolloutConfig, model_config: PreTrainedConfig) -> int:
     return config.max_model_len
 
 
-def slots_that_fit(config: RolloutConfig, model_config: PreTrainedConfig, limit: int, dtype: torch.dtype) -> int:
-    """Sequences decoded at once: --max_num_seqs, or fewer where --kv_cache_gib does not hold so many whole ones."""
-    each = slot_bytes(model_config, limit, dtype)
-    fitting = int(config.kv_cache_gib * 2**30 // each)
-    if fitting == 0:
+def replica_count(config: RolloutConfig, model_config: PreTrainedConfig, dtype: torch.dtype, device: str) -> int:
+    """--data_parallel_size, or what is best here. Raises UserError for more replicas than GPUs."""
+    asked = config.data_parallel_size
+    if device == "cuda":
+        if asked is not None and asked > torch.cuda.device_count():
+            raise UserError(
+                f"--data_parallel_size {asked}: only {torch.cuda.device_count()} GPUs are visible, and a replica needs "
+                "one of its own"
+            )
+        return asked or 1
+    if asked is not None:
+        return asked
+    small = weight_bytes(model_config, dtype) <= SMALL_MODEL_BYTES
+    return (config.threads or usable_cores()) if small else 1
+
+
+def replica_threads(config: RolloutConfig, count: int) -> int:
+    """CPU threads of one of ``count`` replicas."""
+    return max(1, (config.threads or usable_cores()) // count)
+
+
+def weight_bytes(model_config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Roughly, from the dimensions of a dense decoder."""
+    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
+    inner = getattr(model_config, "intermediate_size", 4 * hidden)
+    return int((layers * (4 * hidden**2 + 3 * hidden * inner) + 2 * model_config.vocab_size * hidden) * dtype.itemsize)
+
+
+def cache_size(
+    config: RolloutConfig, model_config: PreTrainedConfig, limit: int, dtype: torch.dtype, count: int
+) -> tuple[int, int]:
+    """Positions of one replica's cache and blocks of its prefix cache, from --kv_cache_gib. Raises UserError when
+    it does not hold the longest sequence."""
+    each = position_bytes(model_config, dtype)
+    budget = config.kv_cache_gib * 2**30 / count
+    share = PREFIX_SHARE if config.enable_prefix_caching else 0.0
+    positions = int(budget * (1 - share) // each)
+    # The cache is never larger than every slot at its longest.
+    most = -(-config.max_num_seqs // count) * round_positions(limit)
+    if positions < round_positions(limit):
+        needed = count * each * round_positions(limit) / (1 - share) / 2**30
         raise UserError(
-            f"--kv_cache_gib {config.kv_cache_gib:g}: one sequence of {limit} tokens needs {each / 2**30:.2f} GiB; "
-            "raise it or lower --max_model_len"
+            f"--kv_cache_gib {config.kv_cache_gib:g}: one sequence of {limit} tokens on each of {count} replicas needs "
+            f"{needed:.2f} GiB; raise it or lower --max_model_len"
         )
-    return min(config.max_num_seqs, fitting)
+    positions = min(positions, most)
+    return positions, min(int(budget * share // (each * BLOCK)), 2 * positions // BLOCK)
 
 
 def stop_tokens(*declared: int | list[int] | None) -> set[int]:
@@ -97,6 +182,13 @@ def stop_tokens(*declared: int | list[int] | None) -> set[int]:
     for item in declared:
         stops.update(item if isinstance(item, list) else [] if item is None else [item])
     return stops
+
+
+def _declared_stops(model: str) -> int | list[int] | None:
+    try:
+        return GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # a model without one; its configuration may name a token
+        return getattr(AutoConfig.from_pretrained(model), "eos_token_id", None)
 
 
 def hash_of(tokenizer: PreTrainedTokenizerBase) -> str:

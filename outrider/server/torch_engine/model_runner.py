@@ -5,15 +5,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from outrider.server.torch_engine.attention import Span, StepLayout
+from outrider.server.torch_engine.attention import Decoding, Prefilling, StepLayout
 from outrider.server.torch_engine.cache import SlotCache
 from outrider.server.torch_engine.scheduler import StepPlan
+from outrider.server.torch_engine.sequence import Sequence
 from outrider.server.torch_engine.slots import Slots
 
 #: Both sides of every matrix product that vary from step to step are padded to a multiple of this. Only then do the
 #: CPU's matrix kernels give a row the same bits whatever stands beside it, and a sequence's tokens do not depend on
 #: its neighbours.
 ROW_MULTIPLE = 16
+#: Positions that are attended over at least, for the same reason: very small products go another way.
+LEAST_CONTEXT = 64
+#: Slots that attend together, each over as many positions as the longest of them has.
+DECODING_BLOCK = 64
 
 
 class ModelRunner:
@@ -37,18 +42,17 @@ class ModelRunner:
         place = decoding
         for sequence, count in plan.chunks:
             first = sequence.cached
-            parts_tokens.append(sequence.prompt[first : first + count])
+            parts_tokens.append(sequence.tokens[first : first + count])
             parts_slots.append(np.full(count, sequence.slot))
             parts_positions.append(np.arange(first, first + count))
             place += count
-            if first + count == len(sequence.prompt):
+            if first + count == len(sequence.tokens):
                 logit_places.append(np.array([place - 1]))
                 logit_slots.append(np.array([sequence.slot]))
         tokens = np.concatenate(parts_tokens)
         positions = np.concatenate(parts_positions)
-        self.cache.reserve(round_up(int(positions.max()) + 1))
         self.cache.begin_step(self._tensor(np.concatenate(parts_slots)), self._tensor(positions))
-        layout = StepLayout(self.cache, self._spans(plan, positions))
+        layout = StepLayout(self.cache, [*self._decoding(positions[:decoding]), *self._prefilling(plan, positions)])
         rows = np.concatenate(logit_places)
         output = self.model(
             input_ids=self._tensor(pad_rows(tokens))[None],
@@ -64,26 +68,39 @@ class ModelRunner:
             slots.length[sequence.slot] = sequence.cached
         return output.logits[0, : len(rows)].float(), np.concatenate(logit_slots)
 
-    def _spans(self, plan: StepPlan, positions: np.ndarray) -> list[Span]:
+    def _decoding(self, positions: np.ndarray) -> list[Decoding]:
         spans = []
-        if plan.decoding:
-            decode = positions[: plan.decoding, None]
-            index = np.arange(plan.decoding)[:, None]
-            spans.append(Span(0, self._tensor(index), self._tensor(decode), round_up(int(decode.max()) + 1)))
-        if plan.chunks:
-            counts = np.array([count for _, count in plan.chunks])
-            offsets = plan.decoding + np.concatenate([[0], np.cumsum(counts)[:-1]])
-            # The score matrices' rows, too, come in multiples, so that the split into chunks changes no bit.
-            step = np.arange(round_up(int(counts.max())))[None]
-            valid = step < counts[:, None]
-            index = np.where(valid, offsets[:, None] + step, 0)
-            # Padding queries sit at position 0 and so look at one key: their result is finite and is dropped.
-            where = np.where(valid, positions[index], 0)
-            first_slot = plan.chunks[0][0].slot
-            whole = None if valid.all() else self._tensor(valid)
-            context = round_up(int(where.max()) + 1)
-            spans.append(Span(first_slot, self._tensor(index), self._tensor(where), context, whole))
+        for first in range(0, len(positions), DECODING_BLOCK):
+            block = positions[first : first + DECODING_BLOCK]
+            context = context_size(block)
+            spans.append(Decoding(first, len(block), self._tensor(block), context, self.cache.heads, self.cache.dtype))
         return spans
+
+    def _prefilling(self, plan: StepPlan, positions: np.ndarray) -> list[Prefilling]:
+        """One rectangle for each run of neighbours with about the same number of tokens."""
+        spans, place, run = [], plan.decoding, list[tuple[Sequence, int]]()
+        for chunk in plan.chunks:
+            if run and width_class(chunk[1]) != width_class(run[0][1]):
+                spans.append(self._rectangle(run, place, positions))
+                place += sum(count for _, count in run)
+                run = []
+            run.append(chunk)
+        if run:
+            spans.append(self._rectangle(run, place, positions))
+        return spans
+
+    def _rectangle(self, run: list[tuple[Sequence, int]], place: int, positions: np.ndarray) -> Prefilling:
+        counts = np.array([count for _, count in run])
+        offsets = place + np.concatenate([[0], np.cumsum(counts)[:-1]])
+        # The score matrices' rows, too, come in multiples, so that the split into chunks changes no bit.
+        step = np.arange(round_up(int(counts.max())))[None]
+        valid = step < counts[:, None]
+        index = np.where(valid, offsets[:, None] + step, 0)
+        # Padding queries sit at position 0 and so look at one key: their result is finite and is dropped.
+        where = np.where(valid, positions[index], 0)
+        whole = None if valid.all() else self._tensor(valid)
+        context = context_size(where)
+        return Prefilling(run[0][0].slot, self._tensor(index), self._tensor(where), context, whole)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -98,3 +115,13 @@ def pad_rows(array: np.ndarray) -> np.ndarray:
 def round_up(count: int) -> int:
     """The next multiple of ``ROW_MULTIPLE``."""
     return count + -count % ROW_MULTIPLE
+
+
+def context_size(positions: np.ndarray) -> int:
+    """Positions to attend over for queries at ``positions``."""
+    return max(LEAST_CONTEXT, round_up(int(positions.max()) + 1))
+
+
+def width_class(count: int) -> int:
+    """Chunks of one class share a rectangle: less than half of it is padding."""
+    return round_up(count).bit_length()

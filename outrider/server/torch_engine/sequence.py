@@ -1,83 +1,98 @@
-"""A request inside the engine, and the sequences it consists of."""
+"""A request inside a replica, and the sequences it consists of."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from outrider.contract.generation import ChoiceLogprobs, CompletionChoice, FinishReason, SamplingParams, VersionSpan
+from outrider.contract.arrays import unpack_floats, unpack_ints
+from outrider.contract.generation import VersionSpan
+from outrider.contract.sampling import SamplingParams
+from outrider.server.torch_engine.messages import Submit
 from outrider.server.torch_engine.randomness import stream_seed
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One completion being made. Token data of a running sequence live in its slot, see ``slots``.
+    """One completion being made. What it has generated lies in its slot (see ``slots``) while it has one, and in
+    ``tokens`` and ``logprobs`` while it has none.
 
-    cached: tokens of the prompt whose keys and values are in the cache. boundaries: ``(version, index)``, the
-    version in force from the index-th generated token on.
+    tokens: int64, the prompt and what was generated up to when it got its slot. key: names the prompt. seed: of its
+    stream of random numbers. slot: -1 without one. cached: how many of ``tokens`` are in the cache. boundaries:
+    ``(version, index)``, the version in force from the index-th generated token on. sent: generated tokens that have
+    been reported. alternatives: for each unreported token, most likely tokens and their log-probabilities.
     """
 
     request: "Request"
     index: int
-    prompt: np.ndarray  # int64 [prompt tokens]
+    tokens: np.ndarray
+    logprobs: np.ndarray  # float32, of the generated part
     key: bytes
     seed: int
     slot: int = -1
     cached: int = 0
+    ended: bool = False
     boundaries: list[tuple[int, int]] = field(default_factory=list)
+    sent: int = 0
+    alternatives: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated when it got its slot."""
+        return len(self.logprobs)
 
     @property
     def prefilled(self) -> bool:
-        return self.cached == len(self.prompt)
+        return self.cached == len(self.tokens)
 
     @property
     def remaining(self) -> int:
-        """Prompt tokens still to be prefilled."""
-        return len(self.prompt) - self.cached
+        """Tokens still to be prefilled."""
+        return len(self.tokens) - self.cached
 
-    def version_spans(self, tokens: int) -> list[VersionSpan]:
-        """Versions of the first ``tokens`` generated tokens."""
-        starts = [index for _, index in self.boundaries] + [tokens]
-        spans = [(version, min(starts[i + 1], tokens) - start) for i, (version, start) in enumerate(self.boundaries)]
+    def note_version(self, version: int, index: int) -> None:
+        """From the ``index``-th generated token on, ``version`` samples."""
+        if self.boundaries and self.boundaries[-1][1] == index:
+            self.boundaries.pop()
+        if not self.boundaries or self.boundaries[-1][0] != version:
+            self.boundaries.append((version, index))
+
+    def version_spans(self, first: int, end: int) -> list[VersionSpan]:
+        """Versions of the generated tokens ``first`` to ``end`` - 1."""
+        ends = [index for _, index in self.boundaries[1:]] + [end]
+        spans = [
+            (version, min(stop, end) - max(start, first))
+            for (version, start), stop in zip(self.boundaries, ends, strict=True)
+        ]
         return [(version, count) for version, count in spans if count > 0]
 
 
 class Request:
-    """One prompt of which ``n`` completions are wanted; ``on_done`` is called once, on the engine's thread."""
+    """One prompt of which ``n`` completions are wanted."""
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt: list[int],
-        sampling: SamplingParams,
-        n: int,
-        seed: int,
-        on_done: Callable[["Request"], None],
-    ) -> None:
-        self.request_id = request_id
-        self.sampling = sampling
-        self.on_done = on_done
-        self.choices: list[CompletionChoice | None] = [None] * n
-        self.failure: str | None = None  # why the choices are no good
-        self.unfinished = n
-        ids = np.asarray(prompt, dtype=np.int64)
-        key = ids.tobytes()
-        self.sequences = [Sequence(self, i, ids, key, stream_seed(seed, i)) for i in range(n)]
+    def __init__(self, submit: Submit) -> None:
+        self.id = submit.request
+        self.sampling: SamplingParams = submit.sampling
+        self.stream = submit.stream
+        prompt = unpack_ints(submit.prompt).astype(np.int64)
+        self.prompt = prompt
+        key = prompt.tobytes()
+        none = np.zeros(0, dtype=np.float32)
+        self.sequences = [
+            Sequence(self, index, prompt, none, key, stream_seed(submit.seed, index)) for index in range(submit.n)
+        ]
+        for sequence, progress in zip(self.sequences, submit.progress, strict=False):
+            self._go_on(sequence, unpack_ints(progress.token_ids), progress.logprobs, progress.versions)
+            sequence.ended = progress.ended
 
-    def finish(
-        self, sequence: Sequence, tokens: list[int], logprobs: list[float], reason: FinishReason, text: str
-    ) -> None:
-        """Record the end of one sequence; call ``on_done`` with the last."""
-        if self.choices[sequence.index] is not None:
-            return
-        self.choices[sequence.index] = CompletionChoice(
-            index=sequence.index,
-            text=text,
-            finish_reason=reason,
-            token_ids=tokens,
-            logprobs=ChoiceLogprobs(token_logprobs=logprobs),
-            weight_versions=sequence.version_spans(len(tokens)),
-        )
-        self.unfinished -= 1
-        if self.unfinished == 0:
-            self.on_done(self)
+    def _go_on(self, sequence: Sequence, tokens: np.ndarray, logprobs: bytes, versions: list[VersionSpan]) -> None:
+        sequence.tokens = np.concatenate([self.prompt, tokens.astype(np.int64)])
+        sequence.logprobs = unpack_floats(logprobs).copy()
+        sequence.sent = len(tokens)
+        place = 0
+        for version, count in versions:
+            sequence.boundaries.append((version, place))
+            place += count
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.ended for sequence in self.sequences)

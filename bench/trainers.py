@@ -1,0 +1,155 @@
+"""Trainers that do a part of a trainer's work, or keep what they make, for measuring.
+
+    python bench/trainers.py consume FLAGS...            takes batches and publishes, computes no gradients
+    python bench/trainers.py replay LEDGER FLAGS...      trains the batches of a finished run, without servers
+    python bench/trainers.py keep EVERY FILE FLAGS...    trains, and writes its weights of every so many steps to FILE
+
+FLAGS are those of ``outrider train``. All three run the trainer's own loop, so that what they leave in
+``metrics.jsonl`` is counted alike.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from outrider.cli.specs import make_specs
+from outrider.cli.train import prepare_output_dir
+from outrider.cli.train_config import parse_train, resolve
+from outrider.collector.groups import samples_of
+from outrider.collector.ledger import Ledger
+from outrider.contract.feed import Batch, BatchStats, EvalResult, FromTrainer, Ready
+from outrider.contract.manifest import Manifest
+from outrider.trainer.clock import StepClock
+from outrider.trainer.link import CollectorLink
+from outrider.trainer.run import Trainer, prepare
+from outrider.trainer.spec import TrainerSpec
+from outrider.trainer.step import StepOutcome
+
+
+class NoGradients:
+    """In place of what computes gradients, and of the optimizer."""
+
+    def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
+        return StepOutcome()
+
+    def step(self) -> None:
+        pass
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        pass
+
+
+class Consumer(Trainer):
+    """Asks for batches as fast as they come. Weights are published after each, unchanged."""
+
+    def load(self) -> None:
+        super().load()
+        self.computer = NoGradients()  # type: ignore[assignment]
+
+    def _one_step(self) -> None:
+        optimizer, self.optimizer = self.optimizer, NoGradients()  # type: ignore[assignment]
+        groups, optimizer.param_groups = optimizer.param_groups, []
+        self.optimizer.param_groups = []
+        super()._one_step()
+        optimizer.param_groups, self.optimizer = groups, optimizer
+
+
+class ReplayLink(CollectorLink):
+    """Hands out batches that are in memory."""
+
+    batches: list[Batch]
+
+    def start(self, spec: bytes) -> None:
+        pass
+
+    def ready(self, deadline: float) -> Ready:
+        return Ready(servers=[], serving_dtype="float32", prompts=1, evaluation_prompts=0, segment_url="")
+
+    def batch(self) -> Batch:
+        return self.batches.pop(0)
+
+    def send(self, message: FromTrainer) -> None:
+        pass
+
+    def announce(self, manifest: Manifest) -> None:
+        pass
+
+    def arrived_evaluations(self) -> list[EvalResult]:
+        return []
+
+
+class Replayer(Trainer):
+    """Trains batches of a ledger."""
+
+    def __init__(self, spec: TrainerSpec, output_dir: Path, batches: list[Batch]) -> None:
+        super().__init__(spec, output_dir)
+        link = ReplayLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
+        link.batches = batches
+        self.link.close()
+        self.link = link
+
+
+class Keeper(Trainer):
+    """Keeps copies of its weights in memory, and writes them when it has ended."""
+
+    def __init__(self, spec: TrainerSpec, output_dir: Path, every: int, file: Path) -> None:
+        """every: steps between two copies."""
+        super().__init__(spec, output_dir)
+        self.every, self.file = every, file
+        self.kept: list[dict[str, object]] = []
+
+    def _one_step(self) -> None:
+        super()._one_step()
+        if self.step % self.every == 0:
+            seconds = time.monotonic() - (self.started or 0.0)
+            weights = {name: value.clone() for name, value in self.policy.published_tensors().items()}
+            self.kept.append({"step": self.step, "seconds": seconds, "weights": weights})
+
+    def close(self) -> None:
+        super().close()
+        torch.save(self.kept, self.file)
+
+
+def read_batches(path: Path) -> list[Batch]:
+    """The batches of a finished run, in order."""
+    ledger = Ledger(path, {}, resume=True)
+    try:
+        replays = ledger.backlog(0).replays
+    finally:
+        ledger.close()
+    nothing = dict.fromkeys(BatchStats.__struct_fields__, 0) | {"rewards": {}}
+    return [
+        Batch(
+            step=step,
+            samples=samples_of([group for group in groups if group.has_signal]),
+            sequences=sum(len(group.rollouts) for group in groups),
+            tokens=sum(group.tokens for group in groups),
+            stats=msgspec.convert(nothing, BatchStats),
+        )
+        for step, groups in sorted(replays.items())
+    ]
+
+
+def main() -> int:
+    """Run one of them; its exit status."""
+    kind, *words = sys.argv[1:]
+    own = {"consume": 0, "replay": 1, "keep": 2}[kind]
+    config = parse_train(words[own:])
+    spec, collector = make_specs(config, resolve(config))
+    output_dir = Path(spec.run.output_dir)
+    prepare_output_dir(output_dir)
+    prepare(spec)
+    if kind == "consume":
+        trainer: Trainer = Consumer(spec, output_dir)
+    elif kind == "replay":
+        trainer = Replayer(spec, output_dir, read_batches(Path(words[0])))
+    else:
+        trainer = Keeper(spec, output_dir, int(words[0]), Path(words[1]))
+    return trainer.run(msgspec.msgpack.encode(collector))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
