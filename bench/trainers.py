@@ -32,6 +32,8 @@ from outrider.trainer.step import StepOutcome
 class NoGradients:
     """In place of what computes gradients, and of the optimizer."""
 
+    param_groups: tuple[dict[str, float], ...] = ()
+
     def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
         return StepOutcome()
 
@@ -47,14 +49,7 @@ class Consumer(Trainer):
 
     def load(self) -> None:
         super().load()
-        self.computer = NoGradients()  # type: ignore[assignment]
-
-    def _one_step(self) -> None:
-        optimizer, self.optimizer = self.optimizer, NoGradients()  # type: ignore[assignment]
-        groups, optimizer.param_groups = optimizer.param_groups, []
-        self.optimizer.param_groups = []
-        super()._one_step()
-        optimizer.param_groups, self.optimizer = groups, optimizer
+        self.computer = self.optimizer = NoGradients()  # type: ignore[assignment]
 
 
 class ReplayLink(CollectorLink):

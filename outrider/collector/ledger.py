@@ -75,7 +75,7 @@ class Ledger:
         self._outstanding: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._scheduled = False
         self._urgent = threading.Event()
-        self._broken: UserError | None = None
+        self._broken: Exception | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
@@ -167,6 +167,8 @@ class Ledger:
                 f"ledger {self.path}: cannot be written: {error}; free space there, then go on with "
                 "--resume_from_checkpoint auto"
             )
+        except Exception as error:  # noqa: BLE001 - a defect; those who wait must hear of it, and not wait for ever
+            self._broken = error
         for _, future in writes:
             if not future.set_running_or_notify_cancel():
                 continue  # whoever waited has gone

@@ -92,8 +92,8 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
 class ChoiceLogprobs(msgspec.Struct, kw_only=True, omit_defaults=True):
     """``token_logprobs[t]``: log-probability (nats) of token t under the distribution it was drawn from, that is after
-    penalties, temperature and truncation. top_logprobs: the most likely tokens' texts and log-probabilities; text_offset:
-    where each token's text begins."""
+    penalties, temperature and truncation. top_logprobs: the most likely tokens' texts and log-probabilities.
+    text_offset: where each token's text begins."""
 
     token_logprobs: list[float]
     tokens: list[str] | None = None

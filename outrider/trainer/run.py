@@ -9,7 +9,6 @@ import msgspec
 import torch
 from transformers.utils import logging as transformers_logging
 
-from outrider.algorithm.losses import LossSpec
 from outrider.contract.errors import UserError
 from outrider.contract.feed import Begin, EvalResult, Ready
 from outrider.contract.identity import model_fingerprint
@@ -24,6 +23,7 @@ from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import Policy, load_config, load_tokenizer
 from outrider.trainer.optimizer import learning_rate, make_optimizer
+from outrider.trainer.plan import loss_spec, planned_steps
 from outrider.trainer.recording import eval_record, step_record
 from outrider.trainer.saving import Saver, patiently
 from outrider.trainer.spec import TrainerSpec
@@ -128,7 +128,7 @@ class Trainer:
             self.step, self.saver.saved_step, self.time_before = state.step, state.step, state.time
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
         self.ready = self.link.ready(deadline=24 * 3600.0)
-        self.max_steps = planned_steps(spec, self.ready)
+        self.max_steps = planned_steps(spec, self.ready.prompts)
         self._open_outputs()
         if state is not None:
             self.panel.notice(f"resumed from {checkpoint} after step {state.step}")
@@ -337,23 +337,3 @@ class Trainer:
         self.link.stop("the run has ended")
         self.closers.close()
         self.interrupt.restore()
-
-
-def loss_spec(spec: TrainerSpec) -> LossSpec:
-    """The loss that the configuration asks for."""
-    return LossSpec(
-        loss_type=spec.loss.loss_type,
-        epsilon=spec.loss.epsilon,
-        epsilon_high=spec.loss.epsilon_high,
-        delta=spec.loss.delta,
-        beta=spec.loss.beta,
-        importance_sampling_level=spec.loss.importance_sampling_level,
-        max_completion_length=spec.max_completion_length,
-    )
-
-
-def planned_steps(spec: TrainerSpec, ready: Ready) -> int:
-    """Optimizer steps of the run: --max_steps, else what --num_train_epochs make of the prompts there are."""
-    if spec.batch.max_steps > 0:
-        return spec.batch.max_steps
-    return max(1, int(spec.batch.num_train_epochs * ready.prompts // spec.groups_per_batch))

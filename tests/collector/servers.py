@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from outrider.collector.keeper import Keeper
 from outrider.collector.pool import Pool
 from outrider.collector.preflight import Expected
 from outrider.collector.server import Server
+from outrider.contract.control import Inflight
 from outrider.contract.identity import SPECIAL_TOKENS, model_fingerprint, tokenizer_hash
 from outrider.contract.manifest import Manifest
 from outrider.weights.publish import Publisher
@@ -155,7 +157,9 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(urls: list[str], run_id: str, *, keep: bool = True, key: str = KEY, tries: int = 8) -> AsyncIterator[Rig]:
+async def rig(
+    urls: list[str], run_id: str, *, keep: bool = True, key: str = KEY, tries: int = 8, inflight: Inflight = "keep"
+) -> AsyncIterator[Rig]:
     """Pool and keepers over the servers at ``urls``. keep: let keepers run; otherwise the test does their work."""
     servers = [Server(ServerClient(url, key)) for url in urls]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
@@ -164,7 +168,7 @@ async def rig(urls: list[str], run_id: str, *, keep: bool = True, key: str = KEY
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     made = Rig(servers, Pool(servers, run_id, tries, lambda: made.on_change(), decode))
-    wanted = expected()
+    wanted = dataclasses.replace(expected(), inflight=inflight)
     for server in servers:
         with contextlib.suppress(Exception):
             info = await server.client.info()

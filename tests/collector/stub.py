@@ -9,27 +9,46 @@ import msgspec
 from aiohttp import web
 
 from outrider.contract import routes
-from outrider.contract.control import ServerInfo, WeightStatus
+from outrider.contract.arrays import pack_floats, pack_ints
+from outrider.contract.control import CommitRequest, ServerInfo, WeightStatus
 from outrider.contract.errors import ErrorBody, ErrorDetail
-from outrider.contract.generation import ChoiceLogprobs, CompletionChoice, CompletionRequest, CompletionResponse, Usage
+from outrider.contract.generation import (
+    PACKED_MEDIA_TYPE,
+    ChoiceLogprobs,
+    CompletionChoice,
+    CompletionRequest,
+    CompletionResponse,
+    PackedChoice,
+    PackedCompletion,
+    Usage,
+)
 from tests.collector.servers import KEY, expected
 
 
 @dataclass
 class Stub:
-    """What it answers. A figure is an HTTP status to refuse with; ``hang`` answers nothing at all. meeting: requests
-    for one completion are answered only when so many have come."""
+    """What it answers. A figure is an HTTP status to refuse with; ``hang`` answers nothing at all, ``forget`` no
+    completion. meeting: requests for one completion are answered only when so many have come. packs: whether it packs
+    answers for those who take them. Asked for requests, it speaks of ``load``."""
 
     health: int = 200
     completions: int = 200
     stage: int = 200
     draining: bool = False
     hang: bool = False
+    forget: bool = False
+    packs: bool = False
+    load: int = 0
     choices: Callable[[CompletionRequest], list[CompletionChoice]] = field(default=lambda request: plain(request))
     info: ServerInfo = field(default_factory=lambda: fitting_info())
     meeting: asyncio.Barrier | None = None
     url: str = ""
-    asked: int = 0
+    requests: list[CompletionRequest] = field(default_factory=list)
+    commits: list[CommitRequest] = field(default_factory=list)
+
+    @property
+    def asked(self) -> int:
+        return len(self.requests)
 
     async def on_health(self, request: web.Request) -> web.Response:
         return web.Response() if self.health == 200 else refuse(self.health, "the engine stopped: out of luck")
@@ -41,23 +60,33 @@ class Stub:
         return answer(self.info)
 
     async def on_completion(self, request: web.Request) -> web.Response:
-        self.asked += 1
         body = msgspec.json.decode(await request.read(), type=CompletionRequest)
-        if self.hang:
+        self.requests.append(body)
+        if self.hang or self.forget:
             await asyncio.sleep(600)
         if self.meeting is not None and body.n == 1:
             await self.meeting.wait()
         if self.completions != 200:
             return refuse(self.completions, "not now")
         usage = Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2)
-        return answer(CompletionResponse(id="1", created=0, model="stub", choices=self.choices(body), usage=usage))
+        choices = self.choices(body)
+        if self.packs and PACKED_MEDIA_TYPE in request.headers["Accept"]:
+            packed = PackedCompletion(id="1", choices=[pack(choice) for choice in choices], usage=usage)
+            return web.Response(body=msgspec.msgpack.encode(packed), content_type=PACKED_MEDIA_TYPE)
+        return answer(CompletionResponse(id="1", created=0, model="stub", choices=choices, usage=usage))
+
+    async def on_metrics(self, request: web.Request) -> web.Response:
+        gauges = {"running": self.load, "waiting": 0, "swapped": 7}
+        lines = [f'vllm:num_requests_{name}{{model_name="stub"}} {float(value)}' for name, value in gauges.items()]
+        return web.Response(text="# HELP\n" + "\n".join(lines) + "\n")
 
     async def on_stage(self, request: web.Request) -> web.Response:
         return refuse(self.stage, "no room") if self.stage != 200 else answer(self.status())
 
     async def on_commit(self, request: web.Request) -> web.Response:
-        body = msgspec.json.decode(await request.read())
-        self.info.version, self.info.run_id = body["version"], body["run_id"]
+        body = msgspec.json.decode(await request.read(), type=CommitRequest)
+        self.commits.append(body)
+        self.info.version, self.info.run_id = body.version, body.run_id
         return answer(self.status())
 
     def status(self) -> WeightStatus:
@@ -87,6 +116,17 @@ def plain(request: CompletionRequest) -> list[CompletionChoice]:
     return [choice([21, 22], index=index) for index in range(request.n)]
 
 
+def pack(chosen: CompletionChoice) -> PackedChoice:
+    """The same, packed."""
+    assert chosen.finish_reason is not None
+    assert chosen.logprobs is not None
+    return PackedChoice(
+        index=chosen.index, text=chosen.text, finish_reason=chosen.finish_reason,
+        token_ids=pack_ints(chosen.token_ids), logprobs=pack_floats(chosen.logprobs.token_logprobs),
+        weight_versions=chosen.weight_versions or [],
+    )  # fmt: skip
+
+
 def answer(value: msgspec.Struct) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
@@ -111,6 +151,7 @@ async def serving(stub: Stub) -> AsyncIterator[Stub]:
     app = web.Application(middlewares=[check_key])
     app.router.add_get(routes.HEALTH, stub.on_health)
     app.router.add_get(routes.INFO, stub.on_info)
+    app.router.add_get(routes.METRICS, stub.on_metrics)
     app.router.add_post(routes.COMPLETIONS, stub.on_completion)
     app.router.add_post(routes.STAGE, stub.on_stage)
     app.router.add_post(routes.COMMIT, stub.on_commit)

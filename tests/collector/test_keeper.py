@@ -2,12 +2,14 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from outrider.collector import keeper as keeper_module
 from outrider.collector.evaluation import with_prompt
 from outrider.collector.keeper import watch_pool
 from outrider.collector.pool import RolloutFailed
+from outrider.contract.control import Inflight
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest
 from outrider.contract.manifest import Manifest
@@ -106,6 +108,84 @@ async def test_a_returned_server_with_another_model_is_not_taken() -> None:
         await made.ready(0)
 
 
+async def test_a_server_that_has_forgotten_its_requests_loses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is up and healthy, and nothing runs there: the answer that is waited for will never come."""
+    monkeypatch.setattr(keeper_module, "SILENCE", 0.3)
+    async with serving(Stub(forget=True)) as odd, serving(Stub()) as sound, rig([odd.url, sound.url], "run") as made:
+        made.announce(manifest(0))
+        await made.ready(0)
+        made.servers[0].occupy(1)
+        [completion] = await made.pool.complete(made.servers[0], with_prompt(TEMPLATE, PROMPT, 1, 0))
+        assert completion.server == sound.url
+        assert any("says that no request runs or waits there, while 1 rollouts have" in text for text in made.notices)
+        odd.forget = False
+        await made.ready(0)
+
+
+async def test_a_long_rollout_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the server says that something runs there."""
+    monkeypatch.setattr(keeper_module, "SILENCE", 0.1)
+    async with serving(Stub(forget=True, load=1)) as slow, rig([slow.url], "run") as made:
+        made.announce(manifest(0))
+        await made.ready(0)
+        asked = asyncio.create_task(made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 1, 0)))
+        await asyncio.sleep(0.6)
+        assert slow.asked == 1
+        assert made.servers[0].alive
+        assert not made.notices
+        asked.cancel()
+
+
+async def test_answers_are_proof_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers this run's requests is not probed; one that does not is."""
+    monkeypatch.setattr(keeper_module, "HEARTBEAT", 0.2)
+    async with serving(Stub()) as working, serving(Stub()) as quiet, rig([working.url, quiet.url], "run") as made:
+        made.announce(manifest(0))
+        await made.ready(0)
+        working.info.max_model_len = quiet.info.max_model_len = 7  # to be seen by whoever looks
+        until_seen = asyncio.create_task(
+            until(lambda: made.servers[1].info and made.servers[1].info.max_model_len == 7)
+        )
+        while not until_seen.done():
+            made.servers[0].occupy(1)
+            await made.pool.complete(made.servers[0], with_prompt(TEMPLATE, PROMPT, 1, 0))
+        assert made.servers[0].info is not None
+        assert made.servers[0].info.max_model_len == 256
+        await until(lambda: made.servers[0].info and made.servers[0].info.max_model_len == 7)
+
+
+@pytest.mark.parametrize("inflight", ["keep", "recompute", "wait"])
+async def test_a_commit_says_what_becomes_of_requests_in_flight(inflight: Inflight) -> None:
+    stub = Stub()
+    async with serving(stub), rig([stub.url], "run", inflight=inflight) as made:
+        made.announce(manifest(0))
+        await made.ready(0)
+        assert [commit.inflight for commit in stub.commits] == [inflight]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+async def test_answers_packed_or_not(packs: bool) -> None:
+    async with serving(Stub(packs=packs)) as stub, rig([stub.url], "run") as made:
+        made.announce(manifest(0))
+        await made.ready(0)
+        completions = await made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 2, 0))
+    assert [completion.tokens.tolist() for completion in completions] == [[21, 22]] * 2
+    assert [completion.versions for completion in completions] == [[(0, 2)]] * 2
+
+
+async def test_thousands_wait_for_a_server_and_all_go_there_when_it_comes() -> None:
+    stub = Stub()
+    async with serving(stub), rig([stub.url], "run") as made:
+        asked = [
+            asyncio.create_task(made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 1, i))) for i in range(2000)
+        ]
+        await asyncio.sleep(0.1)
+        assert stub.asked == 0
+        made.announce(manifest(0))
+        await asyncio.wait_for(asyncio.gather(*asked), PATIENCE)
+        assert stub.asked == 2000
+
+
 async def test_a_server_that_hangs_loses_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing: probes find out, and what it holds goes to another one."""
     monkeypatch.setattr("outrider.collector.client.INFO_TIMEOUT", 0.2)
@@ -155,6 +235,33 @@ async def test_cut_off_completions_go_on_together() -> None:
         assert tokens == [[21] * (index + 1) + [22] for index in range(4)]
         assert [completion.versions for completion in answers] == [[(0, index + 2)] for index in range(4)]
         assert all(completion.text == made.pool._decode(completion.tokens) for completion in answers)
+
+
+async def test_the_rest_is_sampled_as_the_beginning_was() -> None:
+    """All parameters of the request stay, less what has been done; and the text ends where a stop text is."""
+
+    def cut_off(request: CompletionRequest) -> list[object]:
+        first = request.n == 2
+        return [choice([21, 22] if first else [23, 24], "abort" if first else "stop") for _ in range(request.n)]
+
+    template = CompletionRequest(
+        prompt=[], max_tokens=8, min_tokens=5, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.1,
+        presence_penalty=0.2, frequency_penalty=0.3, stop=["ab", "c"], stop_token_ids=(9,), logit_bias={"3": 1.0},
+    )  # fmt: skip
+    stub = Stub(choices=cut_off)  # type: ignore[arg-type]
+    async with serving(stub), rig([stub.url], "run") as made:
+        made.pool._decode = lambda tokens: "x" * len(tokens) + "cab"
+        made.announce(manifest(0))
+        await made.ready(0)
+        completions = await made.pool.complete(None, with_prompt(template, PROMPT, 2, 5))
+    first, *rests = stub.requests
+    assert [completion.tokens.tolist() for completion in completions] == [[21, 22, 23, 24]] * 2
+    assert [completion.text for completion in completions] == ["xxxx"] * 2
+    assert len({request.seed for request in stub.requests}) == 3
+    for rest in rests:
+        assert (rest.prompt, rest.n, rest.max_tokens, rest.min_tokens) == ([*PROMPT, 21, 22], 1, 6, 3)
+        done = {"prompt": first.prompt, "n": 2, "max_tokens": 8, "min_tokens": 5, "seed": 5}
+        assert msgspec.structs.replace(rest, **done) == first
 
 
 async def test_a_completion_that_is_always_cut_off_is_given_up() -> None:

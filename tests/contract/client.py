@@ -16,6 +16,7 @@ from outrider.contract.control import CommitRequest, Inflight, StageRequest, Wei
 from outrider.contract.errors import ErrorBody, ErrorDetail
 from outrider.contract.generation import (
     PACKED_MEDIA_TYPE,
+    ChoiceLogprobs,
     CompletionChoice,
     CompletionResponse,
     PackedCompletion,
@@ -164,6 +165,12 @@ class Client:
         async with asyncio.timeout(PATIENCE):
             while not reached(await self.metric("vllm:num_requests_running")):
                 await asyncio.sleep(0.01)
+
+
+def figures(choice: CompletionChoice) -> ChoiceLogprobs:
+    """The log-probabilities of a choice that was asked for them."""
+    assert choice.logprobs is not None
+    return choice.logprobs
 
 
 def commit_body(manifest: Manifest, inflight: Inflight = "keep") -> bytes:

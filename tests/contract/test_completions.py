@@ -174,8 +174,8 @@ def test_every_field_of_the_contract_is_of_openai_or_vllm(kind: type[CompletionR
     own = {
         CompletionRequest: {"prompt", "logprobs", "max_tokens", "echo", "best_of"},
         ChatRequest: {
-            "messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "max_tokens",
-            "max_completion_tokens", "logprobs", "top_logprobs",
+            "messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+            "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
         },
     }  # fmt: skip
     assert set(kind.__struct_fields__) == own[kind] | {

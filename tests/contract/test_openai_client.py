@@ -52,10 +52,12 @@ def test_token_ids_and_logprobs(official: openai.OpenAI, server: Server) -> None
 def test_everything_that_a_completion_may_be_asked_for(official: openai.OpenAI, server: Server) -> None:
     answer = official.completions.create(
         model=str(server.model), prompt="12+34=", best_of=1, echo=False, frequency_penalty=0.1, logit_bias={"9": -1},
-        logprobs=2, max_tokens=8, n=1, presence_penalty=0.1, seed=1, stop=["6", "no"], temperature=0, top_p=0.9, user="u",
+        logprobs=2, max_tokens=8, n=1, presence_penalty=0.1, seed=1, stop=["6", "no"], temperature=0, top_p=0.9,
+        user="me",
         extra_body={
             "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.01, "min_tokens": 1, "ignore_eos": False,
-            "include_stop_str_in_output": True, "skip_special_tokens": True, "stop_token_ids": [30], "request_id": "mine",
+            "include_stop_str_in_output": True, "skip_special_tokens": True, "stop_token_ids": [30],
+            "request_id": "mine",
         },
     )  # fmt: skip
     [choice] = answer.choices

@@ -14,7 +14,7 @@ from tests.contract.servers import Server
 
 HUGE = 10**30
 
-#: A field of either kind of request, a value that it cannot have, the field that the error names, and some of its words.
+#: A field of either kind of request, a value that it cannot have, the field that the error names, some of its words.
 BAD_FIELDS: list[tuple[str, Any, str, str]] = [
     ("model", "another", "model", "'another' is not served here"),
     ("model", 3, "model", "a text or null, got 3"),

@@ -66,8 +66,8 @@ async def test_a_stream_adds_up_to_the_completion(speaking_client: Client, field
 
 async def test_a_chat_stream_adds_up_to_the_message(speaking_client: Client) -> None:
     fields: dict[str, Any] = {
-        "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60, "seed": 3, "n": 3, "return_token_ids": True,
-        "logprobs": True, "top_logprobs": 2,
+        "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60, "seed": 3, "n": 3, "logprobs": True,
+        "top_logprobs": 2, "return_token_ids": True,
     }  # fmt: skip
     whole = await speaking_client.chat(**fields)
     chunks = await speaking_client.chat_chunks(**fields)

@@ -4,10 +4,13 @@ import gc
 import logging
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from typing import cast
 
 import msgspec
@@ -16,7 +19,6 @@ import zmq
 from torch import nn
 
 from outrider.contract.errors import UserError
-from outrider.contract.lifetime import die_with_parent
 from outrider.server.torch_engine.core import EngineCore
 from outrider.server.torch_engine.loading import load_model
 from outrider.server.torch_engine.messages import (
@@ -44,7 +46,7 @@ _STAGE_POLL = 0.005
 
 def main(endpoint: str, spec: ReplicaSpec) -> None:
     """Entry point of the process. endpoint: ZeroMQ address on which the front listens."""
-    die_with_parent()
+    threading.Thread(target=_die_with_front, name="watch", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; ending is the front's job
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     context = zmq.Context()
@@ -72,6 +74,15 @@ def main(endpoint: str, spec: ReplicaSpec) -> None:
         context.destroy()
         os._exit(1)
     context.destroy()
+
+
+def _die_with_front() -> None:
+    """End at once when the front is gone, however it went. It is not the parent in the kernel's sense, the process
+    that replicas are forked from is, and that one lives as long as any replica does."""
+    front = parent_process()
+    if front is not None:
+        wait([front.sentinel])
+        os._exit(1)
 
 
 class Replica:
