@@ -1,6 +1,6 @@
 """How much of the time generation and training overlap: the longer of the two alone / a measured step.
 
-    python bench/overlap.py [--rounds 3] [--steps 16] [--prompts 8 --completions 8 --prompt_tokens 16 --new_tokens 128]
+    python bench/overlap.py [--rounds 3] [--steps 16] [--new_tokens 128] [--silent 0.4]
 
 The server has one core and one thread. The trainer has the other core and one thread, and shares it with the collector
 and the reward worker, which it starts. Each round measures four things in turn:
@@ -9,6 +9,9 @@ and the reward worker, which it starts. Each round measures four things in turn:
 - K = 2 and K = 0: seconds of a step of the whole;
 - train: seconds of a step where the trainer trains the batches of that K = 2 run from memory, publishes them, and
   nothing else runs.
+
+A share of the groups (--silent) has no signal and is generated but not trained, as in any GRPO run; it also balances
+the two sides, since training a token takes three times the operations of sampling it.
 
 All four are wall clock over a window of steps divided by their number, from the trainer's own records; the steps at the
 beginning, when caches fill, and at the end, when nothing is left to generate, are outside the window. Nothing is
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models import save_bench_model
-from processes import rollout_server, run, two_cores
+from processes import cpu_of_a_step, rollout_server, run, two_cores
 from rich.console import Console
 from rich.table import Table
 
@@ -49,17 +52,20 @@ class Side(NamedTuple):
 
 def measure(directory: Path, command: list[str], core: int, server: int) -> Side:
     """Run a trainer, and look at the steps inside the window."""
-    cpu = run([*command, "--output_dir", str(directory)], [core], directory.with_suffix(".log"), {"server": server})
+    samples = run(command, [core], directory, server)
     steps = steps_of(read_metrics(directory / "metrics.jsonl"))
     window = steps[WARM_UP:-WIND_DOWN]
     seconds = (window[-1].time - steps[WARM_UP - 1].time) / len(window)
-    return Side(seconds, {name: used / len(steps) for name, used in cpu.items()}, window)
+    return Side(seconds, cpu_of_a_step(samples, WARM_UP, WARM_UP + len(window)), window)
 
 
-def write_prompts(path: Path, count: int, tokens: int) -> None:
-    """Random digits: a token of the demo's tokenizer each."""
+def write_prompts(path: Path, count: int, tokens: int, silent: float) -> None:
+    """Random digits: a token of the demo's tokenizer each. silent: share of prompts whose rewards are all alike."""
     source = random.Random(0)
-    rows = [{"prompt": "".join(source.choices("0123456789", k=tokens))} for _ in range(count)]
+    rows = [
+        {"prompt": "".join(source.choices("0123456789", k=tokens)), "signal": source.random() >= silent}
+        for _ in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--silent", type=float, default=0.4, help="share of groups whose rewards are all alike")
     parser.add_argument("--micro_batches", type=int, default=4)
     options = parser.parse_args()
     server_core, trainer_core = two_cores()
@@ -154,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         model = save_bench_model(place / "model")
-        write_prompts(place / "prompts.jsonl", 4096, options.prompt_tokens)
+        write_prompts(place / "prompts.jsonl", 4096, options.prompt_tokens, options.silent)
         flags = ("--data_parallel_size", "1")
         with rollout_server(model, [server_core], 1, place / "server.log", *flags) as (server, port):
             for number in range(options.rounds):

@@ -7,14 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from outrider.contract.lifetime import die_with_parent
 
 START_DEADLINE = 120.0
+#: Seconds between two looks at a running trainer.
 TICK = 0.3
 
 #: The environment that outrider's own commands make for themselves, and one key for all.
@@ -71,36 +72,39 @@ def rollout_server(
             server.wait()
 
 
-def run(
-    command: list[str], cores: Collection[int], log: Path, others: dict[str, int] | None = None
-) -> dict[str, float]:
-    """Run a trainer to its end; CPU seconds by process: ``trainer``, ``collector``, ``reward workers``, and those of
-    the running processes ``others``, by name and process id, in the same time."""
-    before = {name: _family_seconds(pid) for name, pid in (others or {}).items()}
-    process = start(command, cores, log)
-    used: dict[int, tuple[str, float]] = {}
-    done = threading.Event()
+class Sample(NamedTuple):
+    """steps: that the trainer had taken at that moment. cpu: seconds used until then, by process."""
 
-    def watch() -> None:
-        # Until its end, when the figures are gone with the process.
-        while not done.wait(TICK):
+    steps: int
+    cpu: dict[str, float]
+
+
+def run(command: list[str], cores: Collection[int], directory: Path, server: int | None = None) -> list[Sample]:
+    """Run a trainer to its end, with ``directory`` as its output, and look at the CPU time of its processes
+    (``trainer``, ``collector``, ``reward workers``) and of the running ``server``, a process id, from time to time."""
+    log, metrics = directory.with_suffix(".log"), directory / "metrics.jsonl"
+    process = start([*command, "--output_dir", str(directory)], cores, log)
+    samples = []
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            cpu = {} if server is None else {"server": sum(map(_seconds, _family(server)))}
             for pid in _family(process.pid):
-                with contextlib.suppress(OSError, IndexError):
-                    used[pid] = _role(pid, process.pid), _seconds(pid)
+                role = _role(pid, process.pid)
+                cpu[role] = cpu.get(role, 0.0) + _seconds(pid)
+            samples.append(Sample(metrics.read_bytes().count(b"\n"), cpu))
+        time.sleep(TICK)
+    if process.returncode != 0:
+        raise SystemExit(
+            f"{' '.join(command)} ended with status {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}"
+        )
+    return samples
 
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        status = process.wait()
-    finally:
-        done.set()
-        watching.join()
-    if status != 0:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}:\n{log.read_text(errors='replace')[-3000:]}")
-    figures = {name: _family_seconds(pid) - before[name] for name, pid in (others or {}).items()}
-    for role, seconds in used.values():
-        figures[role] = figures.get(role, 0.0) + seconds
-    return figures
+
+def cpu_of_a_step(samples: Sequence[Sample], first: int, last: int) -> dict[str, float]:
+    """CPU seconds of a step, by process, over the steps between ``first`` and ``last``."""
+    inside = [sample for sample in samples if first <= sample.steps <= last]
+    steps = inside[-1].steps - inside[0].steps
+    return {name: (used - inside[0].cpu.get(name, 0.0)) / steps for name, used in inside[-1].cpu.items()}
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -122,14 +126,6 @@ def _role(pid: int, trainer: int) -> str:
 def _seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _family_seconds(pid: int) -> float:
-    found = 0.0
-    for member in _family(pid):
-        with contextlib.suppress(OSError, IndexError):
-            found += _seconds(member)
-    return found
 
 
 def two_cores() -> tuple[int, int]:

@@ -115,6 +115,8 @@ def resolve(config: TrainConfig, world_size: int = 1) -> Resolved:
     _check_rewards(config)
     if config.sampling.num_generations < 2:
         raise UserError("--num_generations 1: a group needs at least 2 rollouts to be compared; 8 is usual")
+    if len(config.sampling.stop_words) > 16:
+        raise UserError(f"--stop_words has {len(config.sampling.stop_words)} texts: servers take 16 at most")
     if config.batch.max_steps == 0:
         raise UserError("--max_steps 0: give the number of optimizer steps, or -1 for as long as --num_train_epochs")
     max_staleness = _max_staleness(config.staleness)
@@ -222,12 +224,14 @@ def _warnings(config: TrainConfig, correction: CorrectionMode) -> list[str]:
     """Settings that are allowed but will surprise."""
     found = []
     sampling, given = config.sampling, config.given
-    if correction != "none" and (sampling.top_p < 1 or sampling.top_k > 0):
-        truncated = f"--top_p {sampling.top_p}" if sampling.top_p < 1 else f"--top_k {sampling.top_k}"
+    bent = [
+        f"--{name} {getattr(sampling, name)}" for name, off in _UNBENT.items() if getattr(sampling, name) not in off
+    ]
+    if correction != "none" and bent:
         found.append(
-            f"{truncated} with the correction {correction}: the sampler's log-probabilities are of the truncated "
-            "distribution, which biases the ratio (its mean was 0.896 where top_p was 0.8); --top_p 1 --top_k -1 "
-            "avoid it"
+            f"{' '.join(bent)} with the correction {correction}: the sampler's log-probabilities are of another "
+            "distribution than the trainer's, which biases the ratio (its mean was 0.896 where top_p was 0.8); leave "
+            "it out to avoid that"
         )
     if correction == "none" and "rollout_importance_sampling_threshold" in given:
         found.append(
@@ -253,6 +257,15 @@ def _warnings(config: TrainConfig, correction: CorrectionMode) -> list[str]:
     return found
 
 
+#: Sampling flags that make another distribution of the policy's, and the values that do not.
+_UNBENT = {
+    "top_p": (1.0,),
+    "top_k": (-1, 0),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+}
 _REWARD_FLAGS = {
     "soft_overlong": {"soft_max_length", "soft_cache_length"},
     "repetition": {"repetition_n_grams", "repetition_max_penalty"},

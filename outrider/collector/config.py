@@ -84,8 +84,8 @@ class SamplingConfig(Section):
         float, option("Taken from the logits of tokens of the completion for each occurrence; 0 is off", ge=-2, le=2)
     ] = 0.0
     stop_words: Annotated[
-        Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(max_length=16)],
-        option("Texts that end a completion, and are cut off its text", aliases=("stop",)),
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        option("Texts that end a completion, and are cut off its text; 16 at most", aliases=("stop",)),
     ] = ()
     max_completion_length: Annotated[int, option("Longest completion in tokens", ge=1)] = 512
 

@@ -112,9 +112,10 @@ class Pool:
 
     async def _ask(self, first: Server | None, request: CompletionRequest, at_least: int) -> list[Completion]:
         pause, server = BACKOFF[0], first
+        failed: Server | None = None
         for attempt in range(self.tries + 1):
             if server is None:
-                server = await self._next_server(at_least)
+                server = await self._next_server(at_least, failed)
                 server.occupy(request.n)
             try:
                 completions = await server.client.complete(request, self.run_id)
@@ -138,15 +139,16 @@ class Pool:
                 server.vacate(request.n)
                 self._changed()
             log.info("try %d of a rollout failed: %s", attempt + 1, problem)
-            server = None
+            server, failed = None, server
             await asyncio.sleep(pause)
             pause = min(2 * pause, BACKOFF[1])
         raise RolloutFailed(f"given up after {self.tries + 1} tries; last: {problem}")
 
-    async def _next_server(self, at_least: int) -> Server:
-        """The least loaded server that is up and holds ``at_least`` this version. Whether to wait for ever is for
-        ``watch_pool`` to say: it ends the run when no server has been up for --vllm_server_timeout."""
-        while (server := self._ranking.least_loaded(at_least)) is None:
+    async def _next_server(self, at_least: int, avoid: Server | None) -> Server:
+        """The least loaded server that is up and holds ``at_least`` this version; ``avoid`` only if there is no other.
+        Whether to wait for ever is for ``watch_pool`` to say: it ends the run when no server has been up for
+        --vllm_server_timeout."""
+        while (server := self._ranking.least_loaded(at_least, avoid)) is None:
             await self._joined.wait()
         return server
 

@@ -37,11 +37,18 @@ class Ranking:
         self._places[server] = server.version, place
         return listed is None or listed[0] != server.version
 
-    def least_loaded(self, at_least: int) -> Server | None:
-        """The least loaded server that holds version ``at_least`` or a later one; of equals the newest version."""
+    def least_loaded(self, at_least: int, avoid: Server | None = None) -> Server | None:
+        """The least loaded server that holds version ``at_least`` or a later one; of equals the newest version. avoid:
+        taken only if there is no other."""
         best: tuple[float, int, Server] | None = None
         for version, ranks in self._by_version.items():
             load, _, server = ranks[0]
-            if version >= at_least and (best is None or (load, -version) < best[:2]):
+            if server is avoid and len(ranks) > 1:
+                load, _, server = ranks[1]
+            if version < at_least or server is avoid:
+                continue
+            if best is None or (load, -version) < best[:2]:
                 best = (load, -version, server)
-        return None if best is None else best[2]
+        if best is not None:
+            return best[2]
+        return avoid if avoid in self._places and avoid.version >= at_least else None

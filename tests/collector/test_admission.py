@@ -41,6 +41,7 @@ class World:
     slow: float
     commit_delay: float
     train_time: float
+    ledger_time: float
     seed: int
 
 
@@ -56,6 +57,7 @@ worlds = st.builds(
     slow=st.sampled_from([0.0, 0.1, 0.5]),
     commit_delay=st.sampled_from([0.0, 0.5, 5.0, 40.0]),
     train_time=st.sampled_from([0.0, 1.0, 10.0]),
+    ledger_time=st.sampled_from([0.0, 0.5, 20.0]),
     seed=st.integers(0, 2**32),
 )
 
@@ -69,13 +71,15 @@ class Simulation:
     """A run on a simulated clock: the collector's use of the gate, a trainer, and servers that lag and jump.
 
     Servers take published versions after random delays, skipping those that have been overtaken. A trainer trains
-    one batch at a time. Groups take random times, of which some are very long, and may fail or turn out silent.
+    one batch at a time. Groups take random times, of which some are very long, and may fail or turn out silent. A batch
+    that has been chosen is written to the ledger before it ships; meanwhile groups start and end.
     """
 
     world: World
     gate: Gate = field(init=False)
     finished: dict[int, Waiting] = field(default_factory=dict)
     shipped: list[list[Waiting]] = field(default_factory=list)
+    writing: bool = False
 
     def __post_init__(self) -> None:
         world = self.world
@@ -99,12 +103,15 @@ class Simulation:
 
     def act(self) -> None:
         """What the collector does whenever anything has changed."""
-        while self.gate.next_step < self.gate.max_steps:
+        while not self.writing and self.gate.next_step < self.gate.max_steps:
             chosen = choose_batch(self.finished.values(), self.gate)
             if chosen is None:
                 break
             if not self.replace(chosen):
-                self.ship(chosen)
+                self.writing = True
+                for group in chosen:
+                    del self.finished[group.id]
+                self.later(self.now + self.world.ledger_time, lambda chosen=chosen: self.ship(chosen))
         self.start()
 
     def replace(self, chosen: list[Waiting]) -> bool:
@@ -117,12 +124,12 @@ class Simulation:
 
     def ship(self, chosen: list[Waiting]) -> None:
         step, world = self.gate.next_step, self.world
+        self.writing = False
         if step != len(self.shipped):
             raise Violation(f"batch {step} ships as number {len(self.shipped)}")
         for group in chosen:
             if step - group.version > world.max_staleness:
                 raise Violation(f"group {group.id} of version {group.version} ships in step {step}")
-            del self.finished[group.id]
         self.gate.ship()
         self.shipped.append(chosen)
         self.trainer_free = max(self.now, self.trainer_free) + world.train_time
@@ -225,7 +232,7 @@ def test_the_property_can_fail(monkeypatch: pytest.MonkeyPatch, name: str, wrong
         world = World(
             groups_per_batch=source.randint(1, 4), max_staleness=source.randint(0, 4), max_steps=12, servers=2,
             slots=12, failures=0.1, silent=0.1, slow=0.3, commit_delay=source.choice([0.0, 5.0]), train_time=1.0,
-            seed=source.getrandbits(32),
+            ledger_time=source.choice([0.0, 5.0]), seed=source.getrandbits(32),
         )  # fmt: skip
         try:
             Simulation(world).run()

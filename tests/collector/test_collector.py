@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,38 @@ async def test_nothing_ships_beyond_the_bound(
         versions = [version for row in read_rollouts(run.ledger.path, step + 1) for version, _ in row.versions]
         assert 0 <= step - max(versions) <= step - min(versions) == batch.stats.staleness_max <= bound
         assert batch.stats.groups_stale == 0
+
+
+async def test_the_time_of_a_batch_adds_up(server: RolloutProcess, tmp_path: Path, tokenizer: Any) -> None:
+    """Busy, idle and down are all there is, batch for batch, from the start of the run to its last batch."""
+    async with run_of(server, tmp_path, ["mixed"] * 4, tokenizer, max_staleness=0) as run:
+        started = time.monotonic()
+        batches = await run.collect(0, 4)
+        elapsed = time.monotonic() - started
+    for batch in batches:
+        stats = batch.stats
+        parts = stats.generation_busy_seconds + stats.generation_idle_seconds + stats.generation_down_seconds
+        assert parts == pytest.approx(stats.batch_seconds, abs=1e-6)
+        assert stats.generation_down_seconds == 0
+        assert stats.generation_busy_seconds > 0
+        assert 0 < stats.pack_seconds < stats.batch_seconds
+        assert stats.reward_wait_seconds <= stats.generation_idle_seconds + 1e-6
+    assert sum(batch.stats.batch_seconds for batch in batches) <= elapsed
+
+
+async def test_waiting_for_rewards_is_told_from_waiting_for_versions(
+    server: RolloutProcess, tmp_path: Path, tokenizer: Any
+) -> None:
+    hang = tmp_path / "hang"
+    hang.touch()
+    async with run_of(server, tmp_path, ["hang", "mixed"], tokenizer, max_staleness=0) as run:
+        collecting = asyncio.create_task(run.collect(0, 1))
+        await until(lambda: run.rewards.running == 1 and run.collector.finished)
+        await asyncio.sleep(0.3)
+        hang.unlink()
+        [batch] = await collecting
+    assert 0.3 <= batch.stats.reward_wait_seconds <= batch.stats.generation_idle_seconds <= batch.stats.batch_seconds
+    assert batch.stats.reward_seconds >= 0.3
 
 
 async def test_evaluation_waits_for_its_version(server: RolloutProcess, tmp_path: Path, tokenizer: Any) -> None:

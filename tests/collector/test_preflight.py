@@ -11,6 +11,7 @@ from outrider.collector.client import ServerClient
 from outrider.collector.preflight import check_server, wait_for_server
 from outrider.contract.errors import UserError
 from tests.collector.servers import KEY, RolloutProcess, expected, free_port
+from tests.collector.stub import fitting_info
 
 
 async def ask(url: str, key: str = KEY, timeout: float = 1.0, given: str | None = None) -> str:
@@ -96,6 +97,17 @@ async def test_another_model_another_tokenizer_too_little_room(server: RolloutPr
         for word in words:
             assert word in str(caught.value)
     check_server(server.url, info, dataclasses.replace(wanted, max_completion_length=31))
+
+
+def test_what_a_server_cannot_do_with_requests_in_flight() -> None:
+    info, wanted = fitting_info(), expected()
+    check_server("http://a", info, dataclasses.replace(wanted, inflight="keep"))
+    with pytest.raises(UserError, match=r"--inflight wait: server http://a \(torch engine\) can only keep: choose"):
+        check_server("http://a", info, dataclasses.replace(wanted, inflight="wait"))
+    info.capabilities = ("weights_http", "inflight_keep", "inflight_recompute")
+    check_server("http://a", info, dataclasses.replace(wanted, inflight="recompute"))
+    with pytest.raises(UserError, match=r"can only keep or recompute: choose what it can, or another server"):
+        check_server("http://a", info, dataclasses.replace(wanted, inflight="wait"))
 
 
 async def test_a_server_that_comes_late_is_waited_for(tmp_path_factory: pytest.TempPathFactory) -> None:

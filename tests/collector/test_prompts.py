@@ -176,6 +176,23 @@ def test_order_is_a_permutation_of_every_epoch(count: int, seed: int, groups: Se
     assert [Order(count, seed, False).row(group) for group in range(2 * count)] == [*range(count)] * 2
 
 
+@given(count=st.integers(1, 20), start=st.integers(0, 60), most=st.integers(1, 30))
+def test_rows_ahead_are_those_of_the_next_groups(count: int, start: int, most: int) -> None:
+    order = Order(count, 3, True)
+    rows = order.rows(start, most)
+    assert 1 <= len(rows) <= most
+    assert rows == [Order(count, 3, True).row(start + ahead) for ahead in range(len(rows))]
+    assert len(rows) == most or (start + len(rows)) % count == 0
+
+
+def test_reading_ahead_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    """Whether rows come in the order that was foretold or not."""
+    path = write(tmp_path / "data.jsonl", *ROWS)
+    plain, ahead = prompt_set(tokenizer, path), prompt_set(tokenizer, path)
+    for row, foretold in [(3, [3, 0]), (0, [0, 4]), (2, [2, 1, 4]), (1, [1]), (1, [1, 2]), (4, [4])]:
+        assert ahead.get(row, lambda rows=foretold: rows) == plain.get(row)
+
+
 def test_epochs_and_seeds_differ() -> None:
     orders = [
         [Order(50, seed, True).row(50 * epoch + place) for place in range(50)] for seed in (0, 1) for epoch in (0, 1)

@@ -41,3 +41,10 @@ def test_the_least_loaded_is_found(changes: list[tuple[int, str, int]]) -> None:
             else:
                 assert found in able
                 assert (found.load, -found.version) == min((other.load, -other.version) for other in able)
+            rest = [other for other in able if other is not server]
+            found = ranking.least_loaded(at_least, avoid=server)
+            if not rest:
+                assert found is (server if able else None)
+            else:
+                assert found in rest
+                assert (found.load, -found.version) == min((other.load, -other.version) for other in rest)

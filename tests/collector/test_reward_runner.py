@@ -1,6 +1,7 @@
 """Reward functions that misbehave in processes of their own, and what the others notice of it: nothing."""
 
 import asyncio
+import functools
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from outrider.collector.reward_runner import RewardFailed, RewardRunner, check_rewards
+from outrider.collector.reward_runner import RewardFailed, RewardRunner, accepted_columns, check_rewards
 from outrider.contract.errors import UserError
 from outrider.environments.base import Rollout
 from outrider.rewards.settings import RewardSettings
@@ -38,6 +39,15 @@ async def slow_length(completions, **columns):
 def seen(completions, prompts, completion_ids, solution, **columns):
     assert "completions" not in columns
     return [float(p + c == s and len(i) == 2) for p, c, i, s in zip(prompts, completions, completion_ids, solution)]
+
+def ids_only(completions, completion_ids):
+    return [float(sum(ids)) if type(ids) is list and type(ids[0]) is int else None for ids in completion_ids]
+
+async def async_ids_only(completions, completion_ids):
+    return ids_only(completions, completion_ids)
+
+def nothing_else(completions):
+    return [1.0] * len(completions)
 
 ACTIONS = {
     "raise": lambda: 1 / 0,
@@ -114,6 +124,25 @@ async def test_plain_and_async_functions_side_by_side(plugin: Path) -> None:
     runner.close()
     assert runner.names == ["length", "slow_length", "seen"]
     assert groups == [[[2.0, 4.0], [-2.0, -4.0], [1.0, 0.0]]] * 20
+
+
+async def test_functions_get_the_columns_they_name(plugin: Path) -> None:
+    """All of them if they take any, else those that are in their signature; token ids are lists of int."""
+    runner = runner_of(plugin, "ids_only", "async_ids_only", "nothing_else")
+    scores = await runner.score(two(), "prompt", {"solution": "x"})
+    runner.close()
+    assert scores == [[7.0, 11.0], [7.0, 11.0], [1.0, 1.0]]
+
+
+def test_which_columns_a_function_takes() -> None:
+    class Callable:
+        def __call__(self, completions: Any, solution: Any, *, prompts: Any = None) -> None: ...
+
+    assert accepted_columns(lambda completions: None) == frozenset()
+    assert accepted_columns(lambda completions, **columns: None) is None
+    assert accepted_columns(Callable()) == {"solution", "prompts"}
+    assert accepted_columns(functools.partial(lambda completions, n, solution: None, n=3)) == {"n", "solution"}
+    assert accepted_columns(max) is None
 
 
 FAILURES = [

@@ -146,10 +146,11 @@ def test_abort_and_the_end_of_one_choice(demo_model: Path) -> None:
     from outrider.server.torch_engine.messages import Abort
 
     bench = Bench(demo_model, max_num_seqs=4)
+    bench.ask([9], max_tokens=3)
     first = bench.ask([5, 6], n=3, max_tokens=50, ignore_eos=True)
     second = bench.ask([7, 8], n=3, max_tokens=50, ignore_eos=True)  # two of it wait
     bench.steps(5)
-    bench.core.abort(Abort(request=first, index=1))
+    bench.core.abort(Abort(request=first, index=1))  # another one moves into its slot
     bench.core.abort(Abort(request=second, silent=False))
     bench.steps()
     assert [choice.reason for choice in bench.choices[first]] == ["length", None, "length"]

@@ -54,6 +54,7 @@ class EngineCore:
         self.requests[request.id] = request
         self.scheduler.add(request)
 
+    @torch.inference_mode()
     def abort(self, abort: Abort) -> None:
         """End a request, or one of its choices, with what there is."""
         request = self.requests.get(abort.request)
@@ -82,6 +83,7 @@ class EngineCore:
         if len(rows):
             self._draw(logits, rows)
 
+    @torch.inference_mode()
     def commit(self, version: int, inflight: Inflight) -> float:
         """Put the staged weights to use, as ``version``. Returns the seconds it took.
 

@@ -47,8 +47,6 @@ _STAGE_POLL = 0.005
 def main(endpoint: str, spec: ReplicaSpec) -> None:
     """Entry point of the process. endpoint: ZeroMQ address on which the front listens."""
     threading.Thread(target=_die_with_front, name="watch", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; ending is the front's job
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -51,15 +52,27 @@ class ReplicaProcess:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(endpoint)
         self.process: BaseProcess = context.Process(target=main, args=(endpoint, spec), name=spec.name, daemon=True)
+        self._started: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._closed = False
 
     async def start(self) -> None:
         """Start the process, off the event loop: the first one has to import torch."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self.process.start)
+        self._started = loop.run_in_executor(None, self._start_process)
+        await asyncio.shield(self._started)
         self._reader = loop.create_task(self._read())
         loop.add_reader(self.process.sentinel, self._died)
+
+    def _start_process(self) -> None:
+        # Ctrl-C, and whoever stops a service, signal all processes of a group. When replicas end is for the front to
+        # say: they, and the process they are forked from, inherit that these signals wait.
+        signals = {signal.SIGINT, signal.SIGTERM}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def pid(self) -> int | None:
@@ -72,6 +85,8 @@ class ReplicaProcess:
 
     async def stop(self) -> None:
         """End it, in order if possible."""
+        if self._started is not None:
+            await self._started  # whoever awaited it first may have been cancelled
         if self.process.pid is None:
             self.close()
             return
