@@ -1,12 +1,13 @@
 """The collector on one core: rollouts a second and CPU time a rollout, from 100 to 10,000 rollouts in flight.
 
     python bench/collector.py [--rounds 3] [--seconds 6] [--in_flight 100 1000 10000] [--servers 1 200]
+                              [--num_generations 8 2] [--json]
 
 The whole path is the real one: admission, HTTP, decoding, a plain reward function in its worker process, groups,
 advantages, the ledger on disk, packed batches over ZeroMQ. Only the servers generate nothing (see stub_servers.py), and
-the trainer is a reader that answers every batch with a new version. The collector process is started as the trainer
-starts it, and pinned to one core with its ledger thread and the reward worker; servers and reader share another one.
-Levels are interleaved over the rounds. Prints a table of medians and, last, one line of JSON.
+the trainer is a reader that answers every batch with a new version at once. The collector process is started as the
+trainer starts it, and pinned to one core with its ledger thread and the reward worker; servers and reader share another
+one. Loads are interleaved over the rounds. Prints a table of medians and, last, one line of JSON.
 """
 
 import argparse
@@ -63,10 +64,11 @@ def bench_reward(completions, solution, **columns):
 
 
 class Level(NamedTuple):
-    """One load."""
+    """One load. generations: rollouts of a group, which is one request."""
 
     servers: int
     in_flight: int
+    generations: int
 
 
 class Figures(NamedTuple):
@@ -108,7 +110,12 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     return own, children
 
 
-def make_spec(directory: Path, level: Level, urls: Sequence[str], generations: int) -> CollectorSpec:
+def slack(level: Level) -> int:
+    """Rollouts that the collector may have in flight beyond those that the servers hold: the ones it works on."""
+    return max(3 * level.generations, level.in_flight // 50)
+
+
+def make_spec(directory: Path, level: Level, urls: Sequence[str]) -> CollectorSpec:
     """A run as long as it likes. The bound K leaves room for more groups than are in flight at most."""
     prompts, source = directory / "prompts.jsonl", random.Random(0)
     if not prompts.exists():
@@ -118,14 +125,14 @@ def make_spec(directory: Path, level: Level, urls: Sequence[str], generations: i
         ]
         prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         (directory / "bench_reward.py").write_text(REWARD)
-    groups = level.in_flight // generations + level.servers
+    groups = level.in_flight // level.generations + level.servers
     return CollectorSpec(
         run_id="bench", resume=False, model=str(MODEL), trust_remote_code=False, server_urls=list(urls),
         servers=ServersConfig(
-            max_concurrent_rollouts=max(1, level.in_flight // level.servers), vllm_server_api_key="bench"
+            max_concurrent_rollouts=(level.in_flight + slack(level)) // level.servers, vllm_server_api_key="bench"
         ),
         data=DataConfig(dataset=(str(prompts),)),
-        sampling=SamplingConfig(num_generations=generations, max_completion_length=TOKENS),
+        sampling=SamplingConfig(num_generations=level.generations, max_completion_length=TOKENS),
         rewards=RewardConfig(reward_funcs=(f"{directory}/bench_reward.py:bench_reward",)),
         reward_weights=(1.0,), reward_settings=RewardSettings(), staleness=StalenessConfig(),
         max_staleness=groups // GROUPS_PER_BATCH + 4, evaluation=EvaluationConfig(), groups_per_batch=GROUPS_PER_BATCH,
@@ -133,8 +140,8 @@ def make_spec(directory: Path, level: Level, urls: Sequence[str], generations: i
     )  # fmt: skip
 
 
-def make_plan(spec: CollectorSpec, level: Level, generations: int) -> Plan:
-    """Servers that fit the run. They hold back all but a few of what the collector may have in flight."""
+def make_plan(spec: CollectorSpec, level: Level, packs: bool) -> Plan:
+    """Servers that fit the run."""
     _, expected = load_identity(spec)
     draw, source = np.random.default_rng(0), random.Random(0)
     info = ServerInfo(
@@ -150,23 +157,20 @@ def make_plan(spec: CollectorSpec, level: Level, generations: int) -> Plan:
                 token_ids=pack_ints(draw.integers(3, 99, TOKENS)),
                 logprobs=pack_floats(-draw.exponential(1.0, TOKENS)),
             )
-            for _ in range(generations)
+            for _ in range(level.generations)
         ]
         for _ in range(ANSWERS)
     ]
-    slack = max(3 * generations, level.in_flight // 50)
-    return Plan(info=info, servers=level.servers, answers=answers, hold=level.in_flight - slack)
+    return Plan(info=info, servers=level.servers, answers=answers, hold=level.in_flight, packs=packs)
 
 
-def measure(level: Level, generations: int, seconds: float, cores: tuple[int, int]) -> Figures:
+def measure(level: Level, seconds: float, cores: Sequence[int], packs: bool) -> Figures:
     """Run the collector under one load for ``seconds`` after it has got going."""
     ours, theirs = cores
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         plan = directory / "plan"
-        plan.write_bytes(
-            msgspec.msgpack.encode(make_plan(make_spec(directory, level, [], generations), level, generations))
-        )
+        plan.write_bytes(msgspec.msgpack.encode(make_plan(make_spec(directory, level, []), level, packs)))
         os.sched_setaffinity(0, {theirs})
         stub = Path(__file__).with_name("stub_servers.py")
         servers = subprocess.Popen([sys.executable, stub, plan], stdout=subprocess.PIPE)
@@ -177,16 +181,16 @@ def measure(level: Level, generations: int, seconds: float, cores: tuple[int, in
             urls = [f"http://127.0.0.1:{port}" for port in json.loads(servers.stdout.readline())]
             # The child and its own children inherit the core.
             os.sched_setaffinity(0, {ours})
-            link.start(msgspec.msgpack.encode(make_spec(directory, level, urls, generations)))
+            link.start(msgspec.msgpack.encode(make_spec(directory, level, urls)))
             os.sched_setaffinity(0, {theirs})
-            return follow(link, watcher, level, generations, seconds)
+            return follow(link, watcher, level, seconds)
         finally:
             link.stop("the bench is over")
             servers.kill()
             servers.wait()
 
 
-def follow(link: CollectorLink, watcher: Watcher, level: Level, generations: int, seconds: float) -> Figures:
+def follow(link: CollectorLink, watcher: Watcher, level: Level, seconds: float) -> Figures:
     """Be the trainer: take batches and announce versions. Counts from when the load is what it is to be."""
 
     def publish(version: int) -> None:
@@ -194,9 +198,10 @@ def follow(link: CollectorLink, watcher: Watcher, level: Level, generations: int
 
     link.ready(START_DEADLINE)
     assert link._process is not None
+    collector = link._process.pid
     publish(0)
     link.send(Begin(start_step=0, max_steps=10**6))
-    warm = 2 + level.in_flight // (GROUPS_PER_BATCH * generations)
+    warm = 2 + level.in_flight // (GROUPS_PER_BATCH * level.generations)
     rollouts, began, before = 0, 0.0, (0.0, 0.0)
     while True:
         batch = link.batch()
@@ -205,13 +210,13 @@ def follow(link: CollectorLink, watcher: Watcher, level: Level, generations: int
         if batch.step < warm:
             continue
         if batch.step == warm:
-            began, before = now, cpu_seconds(link._process.pid)
+            began, before = now, cpu_seconds(collector)
             watcher.statuses.clear()
             continue
         rollouts += batch.sequences
         assert all(len(sample.completion) == 4 * TOKENS for sample in batch.samples)
-        if now - began >= seconds:
-            after, elapsed = cpu_seconds(link._process.pid), now - began
+        if now - began >= seconds and watcher.statuses:
+            after, elapsed = cpu_seconds(collector), now - began
             own, workers = after[0] - before[0], after[1] - before[1]
             return Figures(
                 in_flight=statistics.mean(status.rollouts_running for status in watcher.statuses),
@@ -223,59 +228,61 @@ def follow(link: CollectorLink, watcher: Watcher, level: Level, generations: int
 
 
 def main() -> None:
-    """Measure all levels, round by round."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure all loads, round by round."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0, help="measured at each level in each round")
+    parser.add_argument("--seconds", type=float, default=6.0, help="measured at each load in each round")
     parser.add_argument("--in_flight", type=int, nargs="+", default=[100, 1000, 10000])
     parser.add_argument(
-        "--servers", type=int, nargs="+", default=[1, 200], help="more than one: at most in flight only"
+        "--servers", type=int, nargs="+", default=[1, 200], help="all but the first: most in flight only"
     )
-    parser.add_argument("--num_generations", type=int, default=8, help="rollouts of a group, which is one request")
+    parser.add_argument(
+        "--num_generations", type=int, nargs="+", default=[8, 2], help="all but the first: most in flight only"
+    )
+    parser.add_argument("--json", action="store_true", help="servers answer JSON, as stock ones do")
     parser.add_argument("--cores", type=int, nargs=2, default=sorted(os.sched_getaffinity(0))[:2])
     options = parser.parse_args()
-    levels = [Level(options.servers[0], count) for count in options.in_flight]
-    levels += [Level(servers, max(options.in_flight)) for servers in options.servers[1:]]
+    (servers, *more_servers), (generations, *more_generations) = options.servers, options.num_generations
+    most = max(options.in_flight)
+    levels = [Level(servers, count, generations) for count in options.in_flight]
+    levels += [Level(other, most, generations) for other in more_servers]
+    levels += [Level(servers, most, other) for other in more_generations]
     results: dict[Level, list[Figures]] = {level: [] for level in levels}
     for round_ in range(options.rounds):
         for level in levels:
-            figures = measure(level, options.num_generations, options.seconds, tuple(options.cores))
-            results[level].append(figures)
-            print(f"round {round_} {level}: {figures}", file=sys.stderr, flush=True)
-    report(results, options.num_generations, options.cores)
+            results[level].append(measure(level, options.seconds, options.cores, packs=not options.json))
+            print(f"round {round_} {level}: {results[level][-1]}", file=sys.stderr, flush=True)
+    report(
+        results, Level(servers, min(options.in_flight), generations), Level(servers, most, generations), options.cores
+    )
 
 
-def report(results: dict[Level, list[Figures]], generations: int, cores: Sequence[int]) -> None:
-    """The table and the line of JSON."""
+def report(results: dict[Level, list[Figures]], low: Level, high: Level, cores: Sequence[int]) -> None:
+    """The table and the line of JSON. low, high: the loads whose costs are compared."""
     median = {
         level: Figures(*(statistics.median(column) for column in zip(*runs, strict=True)))
         for level, runs in results.items()
     }
     table = Table(
-        *("servers", "in flight, as asked", "as seen", "rollouts/s", "collector, µs a rollout", "reward worker, µs"),
-        "core used",
-        title=f"{TOKENS} tokens a rollout, {generations} rollouts a request; medians",
+        *("servers", "a request", "in flight", "a second", "µs each", "worker µs", "core used"),
+        title=f"rollouts of {TOKENS} tokens: medians",
         caption=f"core {cores[0]}: collector, its ledger thread, its reward worker; core {cores[1]}: servers, reader",
     )
-    for level, figures in median.items():
-        table.add_row(
-            str(level.servers), f"{level.in_flight:,}", f"{figures.in_flight:,.0f}",
-            f"{figures.rollouts_per_second:,.0f}", f"{figures.cost * 1e6:.0f}", f"{figures.worker_cost * 1e6:.0f}",
-            f"{figures.core_share:.0%}",
-        )  # fmt: skip
-    Console(highlight=False).print(table)
-    levels = list(median)
-    single = [level for level in levels if level.servers == levels[0].servers]
-    low, high = min(single), max(single)
     summary: dict[str, float] = {
         "in_flight": round(median[high].in_flight),
         "rollouts_per_second": round(median[high].rollouts_per_second),
         f"cost_ratio_{high.in_flight}_to_{low.in_flight}": round(median[high].cost / median[low].cost, 3),
     }
     for level, figures in median.items():
-        label = f"{level.in_flight}_in_flight_{level.servers}_servers"
+        table.add_row(
+            f"{level.servers}", f"{level.generations}", f"{figures.in_flight:,.0f}",
+            f"{figures.rollouts_per_second:,.0f}", f"{figures.cost * 1e6:.0f}", f"{figures.worker_cost * 1e6:.0f}",
+            f"{figures.core_share:.0%}",
+        )  # fmt: skip
+        label = f"{level.in_flight}_in_flight_{level.servers}_servers_{level.generations}_a_request"
         summary[f"microseconds_{label}"] = round(figures.cost * 1e6, 1)
         summary[f"rollouts_per_second_{label}"] = round(figures.rollouts_per_second)
+    Console(highlight=False).print(table)
     print(json.dumps(summary))
 
 

@@ -4,7 +4,9 @@
 
 One model, one set of prompts, 64 and 256 requests at once, sampled at temperature 1 with log-probabilities, all sides
 interleaved in one run. `generate` gets the whole batch at once, its best case. vLLM is measured where the Python given
-(by default this one) has it. Prints a table of medians and, last, one line of JSON; a side not installed is null.
+(by default this one) has it. The embedded engine runs as it does by default; each peer runs in bfloat16 and in
+float32, and the faster of the two counts. Prints a table of medians and, last, one line of JSON; a side not installed
+is null.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 CONCURRENCY = (64, 256)
+PEER_DTYPES = ("bfloat16", "float32")
 KEY = "bench"
 START_DEADLINE = 300.0
 
@@ -70,9 +73,9 @@ def http_side(url: str, model: str) -> Callable[[list[list[int]]], float]:
     return run
 
 
-def generate_side(model: Path) -> Callable[[list[list[int]]], float]:
+def generate_side(model: Path, dtype: str) -> Callable[[list[list[int]]], float]:
     """Measure Transformers' `generate` on the whole batch: tokens per second."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
 
     def run(prompts: list[list[int]]) -> float:
         ids = torch.tensor(prompts)
@@ -128,7 +131,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm_python", default=sys.executable)
-    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     servers = []
     results: dict[tuple[str, int], list[float]] = {}
@@ -138,23 +140,24 @@ def main() -> None:
         ours = f"http://127.0.0.1:{free_port()}"
         command = [
             *(sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(model), "--host", "127.0.0.1"),
-            *("--port", re.sub(r".*:", "", ours), "--torch_dtype", options.dtype),
+            *("--port", re.sub(r".*:", "", ours)),
         ]
         sides: dict[str, Callable[[list[list[int]]], float]] = {}
         try:
             servers.append(start_server(command, ours, Path(directory) / "ours.log", environment))
             sides["outrider"] = http_side(ours, str(model))
-            sides["generate"] = generate_side(model)
-            if has_vllm(options.vllm_python):
+            for dtype in PEER_DTYPES:
+                sides[f"generate {dtype}"] = generate_side(model, dtype)
+            for dtype in PEER_DTYPES if has_vllm(options.vllm_python) else ():
                 theirs = f"http://127.0.0.1:{free_port()}"
                 command = [
                     *(options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-                    *("--host", "127.0.0.1", "--port", re.sub(r".*:", "", theirs), "--dtype", "bfloat16"),
+                    *("--host", "127.0.0.1", "--port", re.sub(r".*:", "", theirs), "--dtype", dtype),
                     *("--max-num-seqs", "256", "--max-model-len", "512"),
                 ]
-                vllm_environment = {**environment, "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+                vllm_environment = {**environment, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
                 servers.append(start_server(command, theirs, Path(directory) / "vllm.log", vllm_environment))
-                sides["vllm"] = http_side(theirs, str(model))
+                sides[f"vllm {dtype}"] = http_side(theirs, str(model))
             for round_ in range(options.rounds + 1):
                 for count in CONCURRENCY:
                     for name, run in sides.items():
@@ -175,9 +178,12 @@ def main() -> None:
     summary: dict[str, float | None] = {}
     for peer in ("generate", "vllm"):
         for count in CONCURRENCY:
-            ratio = median["outrider", count] / median[peer, count] if (peer, count) in median else None
+            theirs = [median[key] for dtype in PEER_DTYPES if (key := (f"{peer} {dtype}", count)) in median]
+            ratio = median["outrider", count] / max(theirs) if theirs else None
             summary[f"ratio_{peer}_{count}"] = ratio and round(ratio, 3)
-    summary |= {f"tokens_per_second_{name}_{count}": round(value) for (name, count), value in median.items()}
+    summary |= {
+        f"tokens_per_second_{name.replace(' ', '_')}_{count}": round(value) for (name, count), value in median.items()
+    }
     print(json.dumps(summary))
 
 

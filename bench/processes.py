@@ -33,14 +33,16 @@ def _settle(cores: Collection[int]) -> None:
     die_with_parent(signal.SIGTERM)
 
 
-def start(command: list[str], cores: Collection[int], log: Path) -> "subprocess.Popen[bytes]":
+def start(
+    command: list[str], cores: Collection[int], log: Path, environment: dict[str, str] = ENVIRONMENT
+) -> "subprocess.Popen[bytes]":
     """Start a process on ``cores``, which its children inherit, with its output in ``log``."""
     with open(log, "wb") as output:
         return subprocess.Popen(
             command,
             stdout=output,
             stderr=output,
-            env=ENVIRONMENT,
+            env=environment,
             start_new_session=True,
             preexec_fn=functools.partial(_settle, cores),
         )

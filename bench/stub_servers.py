@@ -30,7 +30,7 @@ from outrider.contract.generation import (
 )
 
 #: Seconds after which an answer goes out however few are held: the client may have nothing more to ask.
-PATIENCE = 1.0
+PATIENCE = 30.0
 
 
 class Rollout(msgspec.Struct):
@@ -42,12 +42,14 @@ class Rollout(msgspec.Struct):
 
 
 class Plan(msgspec.Struct):
-    """What the servers are and do. answers: the choices of one request each; hold: rollouts kept in flight."""
+    """What the servers are and do. answers: the choices of one request each; hold: rollouts kept in flight; packs:
+    whether clients that take packed answers get them."""
 
     info: ServerInfo
     servers: int
     answers: list[list[Rollout]]
     hold: int
+    packs: bool = True
 
 
 class Hold:
@@ -69,8 +71,8 @@ class Hold:
     async def run(self) -> None:
         """Let nobody wait for ever."""
         while True:
-            await asyncio.sleep(PATIENCE / 4)
-            too_old = asyncio.get_running_loop().time() - PATIENCE * max(1.0, self.plan.hold / 1000)
+            await asyncio.sleep(PATIENCE / 10)
+            too_old = asyncio.get_running_loop().time() - PATIENCE
             while self._waiting and self._waiting[0][3] < too_old:
                 self._answer_oldest()
 
@@ -151,7 +153,7 @@ class Server(asyncio.Protocol):
         del self._received[: end + 4 + length]
         path = head.split(b" ", 2)[1].decode()
         if path == routes.COMPLETIONS:
-            packed = PACKED_MEDIA_TYPE.encode() in head
+            packed = self.hold.plan.packs and PACKED_MEDIA_TYPE.encode() in head
             self.hold.ask(self, _count(body), packed)
         elif path == routes.HEALTH:
             self.answer(http(b"", "text/plain"))

@@ -2,9 +2,8 @@
 
     python bench/trl_side.py SETTINGS.json
 
-SETTINGS.json is the ``Work`` of bench/learning.py. The clock runs from the first step on and stands still while weights
-are saved. Saves weights as ``step-N`` under ``directory``; prints one line of JSON with the seconds at which each was
-reached, and the seconds of each step.
+SETTINGS.json is the ``Work`` of bench/learning.py. The clock runs from the beginning of the first step on, and stands
+still while weights are copied. Writes the copies with their step and time, and the seconds of every step, to ``file``.
 """
 
 import json
@@ -25,34 +24,33 @@ def exact_match(completions: list[str], solution: list[str], **columns: Any) -> 
 
 
 class Clock(TrainerCallback):
-    """Seconds of training, without those of saving."""
+    """Seconds of training, and weights on the way."""
 
-    def __init__(self, directory: Path, every: int) -> None:
-        """every: steps between two saves."""
-        self.directory, self.every = directory, every
-        self.step_seconds: list[float] = []
-        self.saved: list[tuple[int, float]] = []
-        self._from = 0.0
+    def __init__(self, every: int) -> None:
+        """every: steps between two copies of the weights."""
+        self.every = every
+        self.steps: list[float] = []
+        self.kept: list[dict[str, Any]] = []
+        self._since = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._from = time.perf_counter()
+        self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        self.step_seconds.append(time.perf_counter() - self._from)
+        self.steps.append(time.perf_counter() - self._since)
         if state.global_step % self.every == 0:
-            self.saved.append((state.global_step, sum(self.step_seconds)))
-            model.save_pretrained(self.directory / f"step-{state.global_step}")
-        self._from = time.perf_counter()
+            weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+            self.kept.append({"step": state.global_step, "seconds": sum(self.steps), "weights": weights})
+        self._since = time.perf_counter()
 
 
 def main() -> None:
     """Train as the settings say."""
     work = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(work["threads"])
-    directory = Path(work["directory"])
-    clock = Clock(directory, work["save_every"])
+    clock = Clock(work["every"])
     config = GRPOConfig(
-        output_dir=str(directory / "trl"),
+        output_dir=work["directory"],
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -75,7 +73,7 @@ def main() -> None:
         max_grad_norm=1.0,
         max_steps=work["steps"],
         seed=work["seed"],
-        # What TRL would spend on telling and keeping, and the other side does not do here.
+        # Time for telling and keeping, which is no part of the comparison.
         save_strategy="no",
         report_to="none",
         logging_steps=10_000,
@@ -90,7 +88,7 @@ def main() -> None:
         callbacks=[clock],
     )
     trainer.train()
-    print(json.dumps({"saved": clock.saved, "step_seconds": clock.step_seconds}))
+    torch.save({"kept": clock.kept, "steps": clock.steps}, work["file"])
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ from outrider.environments.single_turn import SingleTurn
 
 log = logging.getLogger(__name__)
 
+#: Files that the process may have open, where the system lets it.
+FILES = 65536
+
 
 def main(endpoint: str) -> int:
     """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens."""
@@ -66,9 +69,7 @@ def main(endpoint: str) -> int:
         return 1  # the trainer was gone before the kernel knew whom to watch
     # Ctrl-C reaches the whole terminal group; when to stop is the trainer's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Each request in flight has a connection of its own; the usual limit is 1,024 files.
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _allow_files()
     try:
         import uvloop
 
@@ -246,6 +247,14 @@ class CollectorProcess:
 
     def _fail(self, message: str) -> None:
         self.send(Failure(message=message))
+
+
+def _allow_files() -> None:
+    """Every request in flight has a connection of its own, and the usual limit is 1,024 files."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _spare_garbage_collector() -> None:

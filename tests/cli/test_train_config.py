@@ -117,6 +117,8 @@ def test_soft_overlong_asks_for_its_length() -> None:
     ("line", "part"),
     [
         ("--max_staleness 1 --top_p 0.8", "--top_p 0.8 with the correction token_truncate"),
+        ("--max_staleness 1 --top_k 5 --min_p 0.1", "--top_k 5 --min_p 0.1 with the correction token_truncate"),
+        ("--max_staleness 1 --presence_penalty 0.5", "--presence_penalty 0.5 with the correction token_truncate"),
         ("--async_generate --top_k 20", "--top_k 20 with the correction token_truncate"),
         ("--rollout_importance_sampling_mode token_mask --top_p 0.5", "token_mask"),
         ("--rollout_importance_sampling_threshold 3", "no effect: K is 0"),

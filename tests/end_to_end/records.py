@@ -21,7 +21,7 @@ def query(run: Path, sql: str) -> list[tuple[Any, ...]]:
 
 def trained(run: Path) -> list[tuple[Any, ...]]:
     """Everything that the ledger knows of the rollouts that were trained."""
-    columns = "g.id, g.step, g.prompt, place, tokens, logprobs, versions, text, reward, rewards, advantage"
+    columns = "g.id, g.step, g.prompt, place, tokens, logprobs, versions, text, reward, rewards, advantages"
     return query(
         run,
         f"SELECT {columns} FROM groups g JOIN rollouts ON group_id = g.id WHERE state = 'trained' ORDER BY g.id, place",

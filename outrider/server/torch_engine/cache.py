@@ -18,7 +18,8 @@ class SlotCache(Cache):
     It is handed to the model as its ``past_key_values``: each attention layer writes the new keys and values of the
     step through :meth:`update`, and the attention function reads whole slots.
 
-    ``slots x positions`` never exceeds ``capacity``: the longer the longest sequence, the fewer there can be.
+    ``slots x positions`` never exceeds ``capacity``: the longer the longest sequence, the fewer there can be. Behind
+    the last slot there is a spare one that nobody reads, for rows of padding to write to.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class SlotCache(Cache):
 
     def _allocate(self, positions: int, kept_slots: int, kept_positions: int) -> None:
         slots = self.slots_at(positions)
-        shape = (self.layer_count, slots, self.heads)
+        shape = (self.layer_count, slots + 1, self.heads)
         # Zeros, not empty: masked positions are multiplied by a weight of zero, and 0 x NaN is NaN. Memory that is
         # only zeroed and never used is not taken from the machine.
         keys = torch.zeros((*shape, self.head_size, positions), dtype=self.dtype, device=self.device)

@@ -9,20 +9,23 @@ from outrider.server.torch_engine.messages import Stage
 
 
 class LiveWeights:
-    """Two sets of weights of one model. Staging fills the idle set while the other is in use; committing swaps the
-    storage of every parameter, which takes no copying.
+    """Two sets of weights of one model. Staging fills the idle set while the other is in use. Committing swaps the
+    storage of every parameter on the CPU, which takes no copying; on CUDA it copies, at the memory's speed, because
+    recorded graphs read weights from where they lay.
 
-    On the CPU the weights of linear layers lie transposed in memory (their shape stays): a product of a few rows with
-    them is then a quarter faster.
+    On the CPU, float32 weights of linear layers lie transposed in memory (their shape stays): a product of a few rows
+    with them is then a quarter faster.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.live: dict[str, nn.Parameter] = dict(model.named_parameters())
-        on_cpu = next(model.parameters()).device.type == "cpu" and next(model.parameters()).dtype == torch.float32
+        first = next(model.parameters())
+        self._swaps = first.device.type == "cpu"
+        transpose = self._swaps and first.dtype == torch.float32
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
         self._transposed = {
-            name for name, p in self.live.items() if on_cpu and id(p) in linear and id(p) not in embeddings
+            name for name, p in self.live.items() if transpose and id(p) in linear and id(p) not in embeddings
         }
         self._idle: dict[str, Tensor] = {}
         for name in self._transposed:
@@ -44,6 +47,9 @@ class LiveWeights:
     @torch.no_grad()
     def commit(self) -> None:
         """Put the idle set to use. Between two steps only."""
+        if not self._swaps:
+            torch._foreach_copy_([p.data for p in self.live.values()], [self._idle[name] for name in self.live])
+            return
         for name, parameter in self.live.items():
             parameter.data, self._idle[name] = self._idle[name], parameter.data
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from outrider.server.torch_engine.attention import Decoding, Prefilling, StepLayout
 from outrider.server.torch_engine.cache import SlotCache
+from outrider.server.torch_engine.graphs import DecodingGraphs
 from outrider.server.torch_engine.scheduler import StepPlan
 from outrider.server.torch_engine.sequence import Sequence
 from outrider.server.torch_engine.slots import Slots
@@ -27,6 +28,7 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, cache: SlotCache, slots: Slots) -> None:
         self.model, self.cache, self.slots = model, cache, slots
         self.device = model.device
+        self.graphs = DecodingGraphs(model, cache) if self.device.type == "cuda" else None
 
     def forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray]:
         """Compute a step and put its keys and values into the cache.
@@ -35,6 +37,10 @@ class ModelRunner:
         and every prefilling one whose prompt ends in this step. Lengths in ``slots`` are brought up to date.
         """
         slots, decoding = self.slots, plan.decoding
+        if self.graphs is not None and not plan.chunks:
+            logits = self.graphs.run(slots.token[:decoding], slots.length[:decoding])
+            slots.length[:decoding] += 1
+            return logits.float(), np.arange(decoding)
         parts_tokens = [slots.token[:decoding]]
         parts_slots = [np.arange(decoding)]
         parts_positions = [slots.length[:decoding].copy()]

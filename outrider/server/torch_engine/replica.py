@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import signal
 import threading
 import time
 import traceback
