@@ -63,6 +63,9 @@ async def test_with_no_time_to_drain_partial_completions_come_back(start_endless
         stream = client.events(routes.COMPLETIONS, prompt=[5, 8], max_tokens=LONG)
         events = [await anext(stream) for _ in range(8)]  # by now the others have as many tokens, too
         waits = asyncio.create_task(client.choices(prompt=[5, 7], max_tokens=LONG, n=4))
+        async with asyncio.timeout(PATIENCE):
+            while await client.metric("vllm:num_requests_waiting") < 4:
+                await asyncio.sleep(0.01)
         status, body = await client.ask("POST", routes.DRAIN)
         assert status == 200
         assert b'"running":4' in body

@@ -125,7 +125,7 @@ async def test_a_stream_that_is_closed_frees_its_slots(
         else:
             stream = await client.completions.create(model=model, prompt=[5], max_tokens=1000, n=4, stream=True)
         await anext(aiter(stream))
-        assert await weights_client.metric("vllm:num_requests_running") == 4
+        await weights_client.until_running(4)
         await stream.close()
         await weights_client.until_idle()
 

@@ -60,7 +60,7 @@ async def engine(endless_model: Path) -> AsyncIterator[TorchEngine]:
     """Two replicas of one thread each; tests leave any weights behind, and commit those that they rely on."""
     engine = build(endless_model)
     await engine.start()
-    assert len(engine.replicas) == 2
+    assert len(engine.fleet.replicas) == 2
     yield engine
     await engine.close()
 
@@ -68,12 +68,12 @@ async def engine(endless_model: Path) -> AsyncIterator[TorchEngine]:
 async def settle(engine: TorchEngine) -> None:
     """Wait until both replicas serve and nothing runs."""
     async with asyncio.timeout(60):
-        while not all(replica.ready for replica in engine.replicas) or engine.load().running:
+        while not all(replica.ready for replica in engine.fleet.replicas) or engine.load().running:
             await asyncio.sleep(0.05)
 
 
 def kill(engine: TorchEngine, index: int) -> None:
-    process = engine.replicas[index].process
+    process = engine.fleet.replicas[index].process
     assert process is not None
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -82,7 +82,7 @@ def kill(engine: TorchEngine, index: int) -> None:
 async def test_both_replicas_work(engine: TorchEngine) -> None:
     tasks = [asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=200)) for i in range(12)]
     await asyncio.sleep(0.5)
-    shares = [len(replica.requests) for replica in engine.replicas]
+    shares = [len(replica.requests) for replica in engine.fleet.replicas]
     for choices in await asyncio.gather(*tasks):
         assert [(len(c.tokens), c.reason) for c in choices] == [(200, "length")] * 2
     assert min(shares) >= 4
@@ -120,7 +120,7 @@ async def test_closing_a_generation_frees_its_place(engine: TorchEngine) -> None
         generation.close()
     await settle(engine)
     assert engine._requests == {}
-    assert [replica.sequences for replica in engine.replicas] == [0, 0]
+    assert [replica.sequences for replica in engine.fleet.replicas] == [0, 0]
 
 
 async def test_one_choice_can_be_ended(engine: TorchEngine) -> None:
@@ -232,7 +232,7 @@ async def test_replicas_that_die_again_and_again_end_the_engine(endless_model: P
         task = asyncio.create_task(complete(engine, [5], max_tokens=500, n=16))
         async with asyncio.timeout(120):
             while not engine.failure():
-                process = engine.replicas[0].process
+                process = engine.fleet.replicas[0].process
                 if process is not None and process.pid is not None:
                     os.kill(process.pid, signal.SIGKILL)
                 await asyncio.sleep(0.3)

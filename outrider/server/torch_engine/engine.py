@@ -3,147 +3,36 @@
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from outrider.contract.arrays import pack_ints, unpack_ints
 from outrider.contract.control import Inflight, ServerInfo, WeightStatus
-from outrider.contract.errors import UserError
 from outrider.contract.manifest import Manifest
 from outrider.contract.sampling import SamplingParams
 from outrider.server.engine import ChoiceDelta, Conflict, EngineLoad, InvalidRequest, Unavailable
-from outrider.server.torch_engine.dispatch import choose_replica, prefix_key
+from outrider.server.torch_engine.dispatch import choose_replica
+from outrider.server.torch_engine.fleet import Fleet, Replica
+from outrider.server.torch_engine.generation import TorchGeneration
 from outrider.server.torch_engine.host_weights import HostWeights
 from outrider.server.torch_engine.loading import EnginePlan
 from outrider.server.torch_engine.messages import (
     Abort,
     Commit,
     Committed,
-    Crashed,
-    FromReplica,
-    Hello,
-    Load,
-    Progress,
-    ReplicaSpec,
     Staged,
-    Step,
     Submit,
     Update,
 )
-from outrider.server.torch_engine.replica_process import ReplicaProcess, replica_context
 from outrider.server.torch_engine.slots import MAX_STOP_TOKENS
 
 log = logging.getLogger(__name__)
 
-#: Seconds for a replica to load its model, to copy a staged version, and to commit it with nothing to wait for.
-LOAD_DEADLINE = 1800.0
+#: Seconds for a replica to copy a staged version, and to commit it with nothing to wait for.
 STAGE_DEADLINE = 600.0
-#: Deaths in a row after which a replica is not started anew, unless it has served for so many seconds before.
-MAX_DEATHS, SERVED = 5, 5.0
 #: How often one request may be issued.
 MAX_ISSUES = 3
-
-
-class Replica:
-    """One place for a replica: the process that holds it now, and the requests that are there.
-
-    ready: it has loaded its model and holds the weights in use. sequences, prompt_tokens: of requests that are there,
-    and of those that its latest report did not know of yet. commits: commits that it still owes.
-    """
-
-    def __init__(self, spec: ReplicaSpec) -> None:
-        self.spec = spec
-        self.process: ReplicaProcess | None = None
-        self.ready = False
-        self.requests: dict[int, TorchGeneration] = {}
-        self.sequences = 0
-        self.unreported_tokens = 0
-        self.answer: asyncio.Future[FromReplica] | None = None
-        self.deaths = 0  # in a row, none of which came after it had served for a while
-        self.ready_since = math.inf
-        self.before = Load()  # counters of the processes that are gone
-
-    @property
-    def load(self) -> Load:
-        return self.process.load if self.process is not None else Load()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it works on, as far as is known."""
-        return self.load.tokens + self.unreported_tokens
-
-    @property
-    def full(self) -> bool:
-        """Whether more requests would only wait there. A few may, so that a slot that gets free is not empty for the
-        time of a message."""
-        return self.sequences >= self.spec.max_num_seqs + max(1, self.spec.max_num_seqs // 8)
-
-
-class TorchGeneration:
-    """A request being answered; see ``Generation``."""
-
-    def __init__(self, engine: "TorchEngine", submit: Submit) -> None:
-        self.engine, self.submit = engine, submit
-        self.key = prefix_key(submit.prompt)
-        self.replica: Replica | None = None
-        self.issues = 0
-        #: Choices that have not ended.
-        self.open = set(range(submit.n))
-        self.progress = [Progress() for _ in range(submit.n)]
-        self._deltas: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
-        self._closed = False
-
-    def __aiter__(self) -> AsyncIterator[ChoiceDelta]:
-        return self._iterate()
-
-    async def _iterate(self) -> AsyncIterator[ChoiceDelta]:
-        while self.open or not self._deltas.empty():
-            item = await self._deltas.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    def end_choice(self, index: int) -> None:
-        if index in self.open:
-            self.engine.abort(self, index)
-            self._choice_ended(index)
-
-    def close(self) -> None:
-        if not self._closed and self.open:
-            self.engine.abort(self, None)
-            for index in list(self.open):
-                self._choice_ended(index)
-        self._closed = True
-
-    def put(self, delta: ChoiceDelta) -> None:
-        """Tokens have come."""
-        if delta.index not in self.open:
-            return
-        if self.submit.stream:
-            so_far = self.progress[delta.index]
-            so_far.token_ids += delta.token_ids
-            so_far.logprobs += delta.logprobs
-            so_far.versions = [*so_far.versions, *delta.versions]
-        self._deltas.put_nowait(delta)
-        if delta.finish_reason is not None:
-            self._choice_ended(delta.index)
-
-    def fail(self, error: Exception) -> None:
-        """It cannot be finished."""
-        self.open.clear()
-        self._deltas.put_nowait(error)
-        self.engine.forget(self)
-
-    def _choice_ended(self, index: int) -> None:
-        self.open.discard(index)
-        self.progress[index].ended = True
-        if self.replica is not None:
-            self.replica.sequences -= 1
-        if not self.open:
-            self.engine.forget(self)
 
 
 class TorchEngine:
@@ -156,8 +45,14 @@ class TorchEngine:
     def __init__(self, plan: EnginePlan, *, seed: int, key: str) -> None:
         """seed: for requests that bring none. key: under which a trainer on another host serves its weights."""
         self._plan, self._info, self._seed, self._key = plan, plan.info, seed, key
-        self.replicas = [Replica(spec) for spec in plan.replicas]
-        self._context = replica_context()
+        self.fleet = Fleet(
+            plan.replicas,
+            on_update=self._on_update,
+            on_room=self._dispatch,
+            on_orphans=self._on_orphans,
+            on_failure=self._on_failure,
+            equip=self._equip,
+        )
         self._waiting: deque[TorchGeneration] = deque()
         self._requests: dict[int, TorchGeneration] = {}
         self._numbers = itertools.count(1)
@@ -166,42 +61,19 @@ class TorchEngine:
         self._weights: HostWeights | None = None
         #: Stages, commits and the start of replicas change which buffer holds what: one at a time.
         self._changing = asyncio.Lock()
-        self._restarts = self._prompt_tokens = self._finished = 0
+        self._prompt_tokens = self._finished = 0
         self._failure: str | None = None
-        self._closing = False
-        self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        starts = [asyncio.create_task(self._start(replica)) for replica in self.replicas]
-        try:
-            hellos = await asyncio.gather(*starts)
-        except BaseException:
-            for task in starts:
-                task.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
-            await self.close()
-            raise
+        hellos = await self.fleet.start()
         self._info.vocab_size = hellos[0].vocab_size
         self._weights = HostWeights(hellos[0].tensors, self._plan.dtype, self._info.model_fingerprint)
-        for replica in self.replicas:
-            self._serve(replica)
-
-    async def _start(self, replica: Replica) -> Hello:
-        """Start a replica's process and wait until its model is loaded. Raises UserError, Unavailable."""
-        replica.process = ReplicaProcess(replica.spec, self._context, self._on_message, self._on_death)
-        await replica.process.start()
-        answer = await self._answer(replica, LOAD_DEADLINE, f"{replica.spec.name} to load the model")
-        assert isinstance(answer, Hello)
-        return answer
+        self.fleet.serve()
 
     async def close(self) -> None:
-        self._closing = True
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(r.process.stop() for r in self.replicas if r.process is not None))
+        await self.fleet.close()
         self._stager.shutdown(wait=False, cancel_futures=True)
         if self._weights is not None:
             self._weights.close()
@@ -210,7 +82,7 @@ class TorchEngine:
         await self._until_empty(timeout)
         for generation in list(self._requests.values()):
             if generation.replica is not None:
-                self._send(generation.replica, Abort(request=generation.submit.request, silent=False))
+                generation.replica.send(Abort(request=generation.submit.request, silent=False))
             else:
                 for index in list(generation.open):
                     generation.put(ChoiceDelta(index=index, finish_reason="abort"))
@@ -235,8 +107,8 @@ class TorchEngine:
         return self._failure
 
     def load(self) -> EngineLoad:
-        loads = [replica.load for replica in self.replicas]
-        ended = [replica.before for replica in self.replicas]
+        loads = [replica.load for replica in self.fleet.replicas]
+        ended = [replica.before for replica in self.fleet.replicas]
 
         def total(name: str) -> int:
             return sum(getattr(load, name) for load in [*loads, *ended])
@@ -252,7 +124,7 @@ class TorchEngine:
             prefix_queries=total("prefix_queries"),
             prefix_hits=total("prefix_hits"),
             preemptions=total("preemptions"),
-            restarts=self._restarts,
+            restarts=self.fleet.restarts,
             idle_seconds=sum(load.idle_seconds for load in [*loads, *ended]) / len(loads),
         )
 
@@ -281,7 +153,7 @@ class TorchEngine:
                     f"{field}: token id {low if low < 0 else high} is outside the vocabulary, 0 to {vocabulary - 1}",
                     field,
                 )
-        allowed = MAX_STOP_TOKENS - len(self.replicas[0].spec.stop_tokens)
+        allowed = MAX_STOP_TOKENS - len(self._plan.replicas[0].stop_tokens)
         if len(sampling.stop_token_ids) > allowed:
             raise InvalidRequest(
                 f"stop_token_ids: {len(sampling.stop_token_ids)} given, at most {allowed} are possible",
@@ -309,7 +181,7 @@ class TorchEngine:
     def abort(self, generation: TorchGeneration, index: int | None) -> None:
         """Stop a request, or one choice of it, wherever it is."""
         if generation.replica is not None:
-            self._send(generation.replica, Abort(request=generation.submit.request, index=index))
+            generation.replica.send(Abort(request=generation.submit.request, index=index))
 
     def forget(self, generation: TorchGeneration) -> None:
         """A request has ended, in whatever way."""
@@ -317,7 +189,7 @@ class TorchEngine:
             return
         self._finished += 1
         if generation.replica is not None:
-            generation.replica.requests.pop(generation.submit.request, None)
+            generation.replica.requests.discard(generation.submit.request)
         elif generation in self._waiting:
             self._waiting.remove(generation)
         self._dispatch()
@@ -326,15 +198,15 @@ class TorchEngine:
         """Hand waiting requests to replicas with room, first come, first served."""
         while self._waiting:
             generation = self._waiting[0]
-            ready = [replica for replica in self.replicas if replica.ready and not replica.full]
+            ready = [replica for replica in self.fleet.ready if not replica.full]
             if not ready:
                 return
             self._waiting.popleft()
             home = self._homes.get(generation.key)
-            replica = choose_replica(ready, self.replicas[home] if home is not None else None)
+            replica = choose_replica(ready, self.fleet.replicas[home] if home is not None else None)
             if len(self._homes) > 10_000:  # only a memory of where prefixes are warm
                 self._homes.clear()
-            self._homes[generation.key] = self.replicas.index(replica)
+            self._homes[generation.key] = self.fleet.replicas.index(replica)
             self._issue(generation, replica)
 
     def _issue(self, generation: TorchGeneration, replica: Replica) -> None:
@@ -342,10 +214,10 @@ class TorchEngine:
         submit.progress = generation.progress if generation.issues else []
         generation.replica = replica
         generation.issues += 1
-        replica.requests[submit.request] = generation
+        replica.requests.add(submit.request)
         replica.sequences += len(generation.open)
         replica.unreported_tokens += len(unpack_ints(submit.prompt)) * len(generation.open)
-        self._send(replica, submit)
+        replica.send(submit)
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -354,9 +226,9 @@ class TorchEngine:
             weights = self._ready_weights()
             loop = asyncio.get_running_loop()
             order = await loop.run_in_executor(self._stager, weights.stage, manifest, self._key)
-            replicas = [replica for replica in self.replicas if replica.ready]
+            replicas = self.fleet.ready
             answers = await asyncio.gather(
-                *(self._ask(replica, order, STAGE_DEADLINE, "to copy a version") for replica in replicas),
+                *(replica.ask(order, STAGE_DEADLINE, "to copy a version") for replica in replicas),
                 return_exceptions=True,
             )
             for replica, answer in zip(replicas, answers, strict=True):
@@ -372,10 +244,10 @@ class TorchEngine:
         async with self._changing:
             weights = self._ready_weights()
             weights.check_commit(run_id, version)
-            replicas = [replica for replica in self.replicas if replica.ready]
+            replicas = self.fleet.ready
             # With "wait" a commit takes as long as the longest rollout; what ends the wait otherwise is a death.
             answers = await asyncio.gather(
-                *(self._ask(r, Commit(version=version, inflight=inflight), None, "to commit") for r in replicas),
+                *(r.ask(Commit(version=version, inflight=inflight), None, "to commit") for r in replicas),
                 return_exceptions=True,
             )
             done = [answer for answer in answers if isinstance(answer, Committed)]
@@ -386,52 +258,11 @@ class TorchEngine:
     def _ready_weights(self) -> HostWeights:
         if self._failure:
             raise Unavailable(self._failure)
-        if self._weights is None or not any(replica.ready for replica in self.replicas):
+        if self._weights is None or not self.fleet.ready:
             raise Unavailable("no replica is ready; they are being started")
         return self._weights
 
     # ---- replicas ----------------------------------------------------------------------------------------------
-
-    def _send(self, replica: Replica, message: Submit | Abort) -> None:
-        if replica.process is not None:
-            replica.process.send(message)
-
-    async def _ask(self, replica: Replica, message: object, deadline: float | None, what: str) -> FromReplica:
-        assert replica.process is not None
-        replica.process.send(message)  # type: ignore[arg-type]
-        return await self._answer(replica, deadline, f"{replica.spec.name} {what}")
-
-    async def _answer(self, replica: Replica, deadline: float | None, what: str) -> FromReplica:
-        """What a replica says to an order. Raises Unavailable when it dies or does not answer in time."""
-        replica.answer = asyncio.get_running_loop().create_future()
-        try:
-            return await asyncio.wait_for(replica.answer, deadline)
-        except TimeoutError as error:
-            raise Unavailable(f"waited {deadline:g} s for {what} in vain") from error
-        finally:
-            replica.answer = None
-
-    def _replica_of(self, process: ReplicaProcess) -> Replica | None:
-        return next((replica for replica in self.replicas if replica.process is process), None)
-
-    def _on_message(self, process: ReplicaProcess, message: FromReplica) -> None:
-        replica = self._replica_of(process)
-        if replica is None:
-            return
-        match message:
-            case Step(updates=updates, load=load):
-                process.load = load
-                replica.unreported_tokens = 0
-                for update in updates:
-                    self._on_update(update)
-                self._dispatch()
-            case Crashed(message=text, user_error=mendable):
-                log.error("%s crashed: %s", replica.spec.name, text)
-                if replica.answer is not None and not replica.answer.done():
-                    replica.answer.set_exception(UserError(text) if mendable else Unavailable(text.splitlines()[0]))
-            case _:
-                if replica.answer is not None and not replica.answer.done():
-                    replica.answer.set_result(message)
 
     def _on_update(self, update: Update) -> None:
         generation = self._requests.get(update.request)
@@ -442,90 +273,34 @@ class TorchEngine:
         elif update.delta is not None:
             generation.put(update.delta)
 
-    def _on_death(self, process: ReplicaProcess, code: int | None) -> None:
-        replica = self._replica_of(process)
-        if replica is None or self._closing:
-            return
-        was_ready = replica.ready
-        replica.before = _sum(replica.before, process.load)
-        replica.ready, replica.process = False, None
-        replica.sequences = replica.unreported_tokens = 0
-        if replica.answer is not None and not replica.answer.done():
-            replica.answer.set_exception(Unavailable(f"{replica.spec.name} died with exit code {code}"))
-        orphans = list(replica.requests.values())
-        replica.requests.clear()
-        log.error("%s died with exit code %s; %d requests are issued again", replica.spec.name, code, len(orphans))
-        for generation in reversed(orphans):
+    def _on_orphans(self, requests: set[int]) -> None:
+        """A replica has died: its requests go first when there is room, unless they seem to be what kills replicas."""
+        for number in sorted(requests, reverse=True):
+            generation = self._requests[number]
             generation.replica = None
             if generation.issues >= MAX_ISSUES:
                 generation.fail(Unavailable(f"the replica that served it died {generation.issues} times"))
             else:
                 self._waiting.appendleft(generation)
-        if was_ready:
-            self._count_death(replica, f"exit code {code}")
-            self._spawn_restart(replica)
-        self._dispatch()
 
-    def _serve(self, replica: Replica) -> None:
-        """It holds the weights in use and takes requests from now on."""
-        replica.ready, replica.ready_since = True, time.monotonic()
-        self._dispatch()
+    async def _equip(self, replica: Replica) -> None:
+        """Bring a new process to the weights in use."""
+        async with self._changing:
+            assert self._weights is not None
+            order = self._weights.live()
+            if order is not None:
+                staged = await replica.ask(order, STAGE_DEADLINE, "to copy the version in use")
+                assert isinstance(staged, Staged)
+                if staged.error is not None:
+                    raise Unavailable(staged.error)
+                version = self._weights.status.version
+                await replica.ask(Commit(version=version, inflight="keep"), STAGE_DEADLINE, "to commit")
+            # What is staged but not committed yet, it does not hold.
+            self._weights.unstage()
 
-    def _count_death(self, replica: Replica, reason: str) -> None:
-        """Give up when one replica does nothing but die."""
-        if time.monotonic() - replica.ready_since > SERVED:
-            replica.deaths = 0
-        replica.ready_since = math.inf
-        replica.deaths += 1
-        if replica.deaths >= MAX_DEATHS:
-            self._fail(f"the engine stopped: {replica.spec.name} died {replica.deaths} times in a row, last: {reason}")
-
-    def _spawn_restart(self, replica: Replica) -> None:
-        task = asyncio.get_running_loop().create_task(self._restart(replica))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _restart(self, replica: Replica) -> None:
-        """Start a replica anew, with the weights in use."""
-        self._restarts += 1
-        while not self._closing and not self._failure:
-            try:
-                await self._start(replica)
-                async with self._changing:
-                    assert self._weights is not None
-                    order = self._weights.live()
-                    if order is not None:
-                        staged = await self._ask(replica, order, STAGE_DEADLINE, "to copy the version in use")
-                        assert isinstance(staged, Staged)
-                        if staged.error is not None:
-                            raise Unavailable(staged.error)
-                        version = self._weights.status.version
-                        await self._ask(replica, Commit(version=version, inflight="keep"), STAGE_DEADLINE, "to commit")
-                    # What is staged but not committed yet, it does not hold.
-                    if self._weights.status.state == "staged":
-                        self._weights.status.state, self._weights.status.staged_version = "idle", None
-                log.info("%s is back", replica.spec.name)
-                self._serve(replica)
-                return
-            except (Unavailable, UserError) as error:
-                log.error("%s cannot be started: %s", replica.spec.name, error)
-                if replica.process is not None:
-                    await replica.process.stop()
-                    replica.process = None
-                self._count_death(replica, str(error))
-                await asyncio.sleep(1.0)
-
-    def _fail(self, reason: str) -> None:
+    def _on_failure(self, reason: str) -> None:
         """The engine works no more: everybody who waits is told why."""
         self._failure = reason
         log.error("%s", reason)
         for generation in list(self._requests.values()):
             generation.fail(Unavailable(reason))
-
-
-def _sum(a: Load, b: Load) -> Load:
-    """Counters of two loads together; what is running now counts no more."""
-    names = ("generated_tokens", "steps", "prefix_queries", "prefix_hits", "preemptions")
-    return Load(
-        **{name: getattr(a, name) + getattr(b, name) for name in names}, idle_seconds=a.idle_seconds + b.idle_seconds
-    )

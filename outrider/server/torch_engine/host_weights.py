@@ -109,6 +109,11 @@ class HostWeights:
             self.status.commit_seconds = seconds
             return msgspec.structs.replace(self.status)
 
+    def unstage(self) -> None:
+        """Forget what is staged: not every replica holds it."""
+        if self.status.state == "staged":
+            self.status.state, self.status.staged_version = "idle", None
+
     def live(self) -> Stage | None:
         """The version in use, for a replica that is started anew; None when that is the one on disk."""
         return None if self._live < 0 else self._order(self._live)

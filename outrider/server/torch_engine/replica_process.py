@@ -83,6 +83,10 @@ class ReplicaProcess:
         if not self._closed:
             self._socket.send(self._encode(message))
 
+    def kill(self) -> None:
+        """End it at once; ``on_death`` follows."""
+        self.process.kill()
+
     async def stop(self) -> None:
         """End it, in order if possible."""
         if self._started is not None:
