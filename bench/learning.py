@@ -80,6 +80,7 @@ class Judge:
     """Measures the accuracy of weights on held-out problems, decoded greedily."""
 
     def __init__(self, tasks: Sequence[Problem]) -> None:
+        torch.set_num_threads(1)  # the same sums whatever else runs, and no waiting for a thread that has no core
         self.tasks = tasks
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
         self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()

@@ -68,7 +68,6 @@ ROLLOUT_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
     "pipeline_parallel_size": _refused("the torch engine runs on one device; set 1", _ONE),
     "vllm_gpu_memory_utilization": _unused("the torch engine bounds its cache with --kv_cache_gib"),
     "vllm_enforce_eager": _unused(_VLLM_SPEED),
-    "vllm_enable_prefix_caching": _unused(_VLLM_SPEED),
     "vllm_disable_custom_all_reduce": _unused(_VLLM_SPEED),
     "vllm_enable_expert_parallel": _unused(_VLLM_SPEED, _OFF),
     "vllm_speculative_config": _unused("speculation changes speed and not what is sampled; the torch engine has none"),

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import aiohttp
 import msgspec
-from yarl import URL
 
 from outrider.collector.answers import ACCEPT, read_answer
 from outrider.contract import routes
@@ -48,7 +47,7 @@ class ServerClient:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._encode = msgspec.json.Encoder().encode
-        self._completions = URL(self.url + routes.COMPLETIONS)
+        self._completions = self.url + routes.COMPLETIONS
         self._data = self._session(limit=0)
         self._control = self._session(limit=4)
 

@@ -127,7 +127,11 @@ class Keeper:
 
     async def _look_for_requests(self) -> None:
         """Raises ServerLost when the server knows nothing of the requests that it has not answered."""
-        if await self.server.client.requests() == 0:
+        try:
+            known = await self.server.client.requests()
+        except Refused:
+            return  # it does not tell
+        if known == 0:
             raise ServerLost(
                 f"{self.server.url} says that no request runs or waits there, while {self.server.running} rollouts "
                 f"have been waiting for its answer for more than {SILENCE:g} s"

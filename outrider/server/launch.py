@@ -17,6 +17,7 @@ from outrider.contract.threads import yield_idle_threads
 from outrider.server.app import ServerApp
 from outrider.server.auth import server_key
 from outrider.server.config import RolloutConfig
+from outrider.server.connections import PatientProtocol
 from outrider.server.engine import Unavailable
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,13 @@ def serve(config: RolloutConfig) -> int:
     engine = TorchEngine(plan, seed=config.seed, key=key)
     app = ServerApp(engine, text, config.model)
     settings = uvicorn.Config(
-        app.asgi(key), log_level="warning", access_log=False, timeout_keep_alive=120, lifespan="off", loop="uvloop"
+        app.asgi(key),
+        http=PatientProtocol,
+        loop="uvloop",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=120,
     )
     server = _Server(settings, app, config, listener)
     try:

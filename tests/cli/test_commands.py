@@ -147,7 +147,6 @@ def test_the_engine_is_torch(engine: str) -> None:
         ("--engine vllm", ["--engine vllm is not in this version", "--engine torch"]),
         ("--tensor_parallel_size 2", ["--tensor_parallel_size 2", "the vllm engine", "not in this version"]),
         ("--vllm_tensor_parallel_size 2", ["--tensor_parallel_size 2"]),
-        ("--data_parallel_size 2", ["--data_parallel_size 2", "start 2 servers", "--vllm_server_port 8000 8001"]),
         ("--api_key=", ["--api_key is empty"]),
         ("--vllm_enforce_eager", ["ms-swift has it"]),
     ],

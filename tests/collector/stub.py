@@ -33,6 +33,7 @@ class Stub:
 
     health: int = 200
     completions: int = 200
+    metrics: int = 200
     stage: int = 200
     draining: bool = False
     hang: bool = False
@@ -76,6 +77,8 @@ class Stub:
         return answer(CompletionResponse(id="1", created=0, model="stub", choices=choices, usage=usage))
 
     async def on_metrics(self, request: web.Request) -> web.Response:
+        if self.metrics != 200:
+            return refuse(self.metrics, "none here")
         gauges = {"running": self.load, "waiting": 0, "swapped": 7}
         lines = [f'vllm:num_requests_{name}{{model_name="stub"}} {float(value)}' for name, value in gauges.items()]
         return web.Response(text="# HELP\n" + "\n".join(lines) + "\n")

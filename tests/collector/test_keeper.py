@@ -122,14 +122,15 @@ async def test_a_server_that_has_forgotten_its_requests_loses_them(monkeypatch: 
         await made.ready(0)
 
 
-async def test_a_long_rollout_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as the server says that something runs there."""
+@pytest.mark.parametrize("stub", [Stub(forget=True, load=1), Stub(forget=True, metrics=404)])
+async def test_a_long_rollout_is_waited_for(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the server says that something runs there, or says nothing."""
     monkeypatch.setattr(keeper_module, "SILENCE", 0.1)
-    async with serving(Stub(forget=True, load=1)) as slow, rig([slow.url], "run") as made:
+    async with serving(stub) as slow, rig([slow.url], "run") as made:
         made.announce(manifest(0))
         await made.ready(0)
         asked = asyncio.create_task(made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 1, 0)))
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1.0)
         assert slow.asked == 1
         assert made.servers[0].alive
         assert not made.notices

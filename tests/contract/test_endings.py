@@ -56,10 +56,10 @@ async def test_with_no_time_to_drain_partial_completions_come_back(start_endless
     """Cut off by the server, with what there is: tokens, log-probabilities and versions of the same number.
 
     Before, ``/outrider/drain`` announces the end: new requests go elsewhere, running ones are not touched."""
-    server = start_endless("--drain_timeout", "0", "--max_num_seqs", "4")
+    server = start_endless("--drain_timeout", "0", "--max_num_seqs", "64")
     async with Client(server.url, KEY) as client:
-        runs = asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=3))
-        await client.until_running(3)
+        runs = asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=63))
+        await client.until_running(63)
         stream = client.events(routes.COMPLETIONS, prompt=[5, 8], max_tokens=LONG)
         events = [await anext(stream) for _ in range(8)]  # by now the others have as many tokens, too
         waits = asyncio.create_task(client.choices(prompt=[5, 7], max_tokens=LONG, n=4))
@@ -68,7 +68,7 @@ async def test_with_no_time_to_drain_partial_completions_come_back(start_endless
                 await asyncio.sleep(0.01)
         status, body = await client.ask("POST", routes.DRAIN)
         assert status == 200
-        assert b'"running":4' in body
+        assert b'"running":64' in body
         assert (await client.get(routes.INFO, ServerInfo)).draining
         assert (await client.refusal(_BODY))[0] == 503
         assert (await client.ask("GET", routes.HEALTH))[0] == 200
