@@ -58,6 +58,8 @@ class Sequence:
 
     def version_spans(self, first: int, end: int) -> list[VersionSpan]:
         """Versions of the generated tokens ``first`` to ``end`` - 1."""
+        if not self.boundaries:  # it has not begun
+            return []
         ends = [index for _, index in self.boundaries[1:]] + [end]
         spans = [
             (version, min(stop, end) - max(start, first))
