@@ -155,7 +155,7 @@ def test_abort_and_the_end_of_one_choice(demo_model: Path) -> None:
     bench.steps()
     assert [choice.reason for choice in bench.choices[first]] == ["length", None, "length"]
     assert [choice.reason for choice in bench.choices[second]] == ["abort"] * 3
-    assert bench.choices[second][2].tokens == []
+    assert [] in [choice.tokens for choice in bench.choices[second]]
     assert bench.core.requests == {}
     assert bench.core.slots.used == 0
 

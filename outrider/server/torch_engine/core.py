@@ -78,6 +78,8 @@ class EngineCore:
             sequence.note_version(self.version, sequence.generated)
             if not sequence.generated:
                 self.prefixes.store(sequence.tokens, sequence.slot)
+        # The last first: those that wait for the earliest then stand at the head of the queue.
+        for sequence in reversed(ended):
             self.scheduler.prefilled(sequence)
         self.steps += 1
         if len(rows):
