@@ -1,6 +1,6 @@
 """How much of the time generation and training overlap: the longer of the two alone / a measured step.
 
-    python bench/overlap.py [--rounds 3] [--steps 16] [--new_tokens 128] [--silent 0.4]
+    python bench/overlap.py [--rounds 3] [--steps 18] [--new_tokens 128] [--silent 0.4]
 
 The server has one core and one thread. The trainer has the other core and one thread, and shares it with the collector
 and the reward worker, which it starts. Each round measures four things in turn:
@@ -38,7 +38,10 @@ from outrider.observe.parts import SERVERS, TRAINER, shares
 from outrider.observe.records import StepRecord
 
 HERE = Path(__file__).parent
-WARM_UP, WIND_DOWN = 5, 3
+#: With K = 2 three batches begin at once, and where nothing slows them down they go on ending at once: a window that
+#: is not whole multiples of that long would count parts of a burst.
+BURST = 3
+WARM_UP, WIND_DOWN = 2 * BURST, BURST
 KINDS = ("generate", "K = 2", "K = 0", "train")
 
 
@@ -148,7 +151,7 @@ def main() -> None:
     """Measure, round by round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16, help="steps of the window")
+    parser.add_argument("--steps", type=int, default=18, help=f"steps of the window, a multiple of {BURST}")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=16)
@@ -156,6 +159,8 @@ def main() -> None:
     parser.add_argument("--silent", type=float, default=0.4, help="share of groups whose rewards are all alike")
     parser.add_argument("--micro_batches", type=int, default=4)
     options = parser.parse_args()
+    if options.steps % BURST:
+        parser.error(f"--steps {options.steps} is not a multiple of {BURST}")
     server_core, trainer_core = two_cores()
     rounds = []
     with tempfile.TemporaryDirectory() as directory:

@@ -30,7 +30,7 @@ VersionSpan = tuple[int, int]
 #: Media type of a :class:`PackedCompletion`. A client that accepts it gets it instead of JSON, where the server can.
 PACKED_MEDIA_TYPE = "application/vnd.outrider.completion+msgpack"
 
-Stop = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

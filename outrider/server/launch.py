@@ -43,6 +43,8 @@ def serve(config: RolloutConfig) -> int:
     settings = uvicorn.Config(
         app.asgi(key),
         http=PatientProtocol,
+        # Whatever else is installed: the key and the deadlines are those of plain HTTP.
+        ws="none",
         loop="uvloop",
         lifespan="off",
         log_level="warning",

@@ -38,10 +38,14 @@ class TextCodec:
     """Texts to tokens and back."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        from tokenizers.decoders import ByteLevel
         from transformers.convert_slow_tokenizer import bytes_to_unicode  # here: it imports torch
 
         self.tokenizer = tokenizer
         self._decode_all, self._decode_said = _decoder(tokenizer, False), _decoder(tokenizer, True)
+        # Such a decoder makes one text of all bytes, and a stream parts it between characters, broken ones included.
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._takes_nothing_back = isinstance(getattr(backend, "decoder", None), ByteLevel)
         self.special = frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._byte_characters = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -68,7 +72,10 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """The text of a whole choice: what :meth:`detokenizer` says of it."""
-        return detokenize(ids, self._decoder(skip_special), self.special if skip_special else ())
+        decode = self._decoder(skip_special)
+        if self._takes_nothing_back:
+            return decode(ids)
+        return detokenize(ids, decode, self.special if skip_special else ())
 
     def token(self, id: int) -> TokenText:
         """What a token stands for; special tokens and halves of characters, too."""

@@ -123,6 +123,15 @@ async def test_closing_a_generation_frees_its_place(engine: TorchEngine) -> None
     assert [replica.sequences for replica in engine.fleet.replicas] == [0, 0]
 
 
+async def test_a_failed_generation_frees_its_place(engine: TorchEngine) -> None:
+    generation = engine.generate([5], SamplingParams(max_tokens=500), 4, "x", False)
+    generation.fail(Unavailable("for a test"))
+    with pytest.raises(Unavailable, match="for a test"):
+        [delta async for delta in generation]
+    await settle(engine)
+    assert [replica.sequences for replica in engine.fleet.replicas] == [0, 0]
+
+
 async def test_one_choice_can_be_ended(engine: TorchEngine) -> None:
     generation = engine.generate([5], SamplingParams(max_tokens=100), 2, "x", True)
     counts = [0, 0]

@@ -11,7 +11,7 @@ from outrider.contract.arrays import pack_ints, unpack_ints
 from outrider.contract.control import Inflight, ServerInfo, WeightStatus
 from outrider.contract.manifest import Manifest
 from outrider.contract.sampling import SamplingParams
-from outrider.server.engine import ChoiceDelta, Conflict, EngineLoad, InvalidRequest, Unavailable
+from outrider.server.engine import Conflict, EngineLoad, InvalidRequest, Unavailable
 from outrider.server.torch_engine.dispatch import choose_replica
 from outrider.server.torch_engine.fleet import Fleet, Replica
 from outrider.server.torch_engine.generation import TorchGeneration
@@ -63,6 +63,7 @@ class TorchEngine:
         self._changing = asyncio.Lock()
         self._prompt_tokens = self._finished = 0
         self._failure: str | None = None
+        self._cutting_off = False
 
     # ---- life --------------------------------------------------------------------------------------------------
 
@@ -80,12 +81,12 @@ class TorchEngine:
 
     async def drain(self, timeout: float) -> None:
         await self._until_empty(timeout)
+        self._cutting_off = True
         for generation in list(self._requests.values()):
             if generation.replica is not None:
                 generation.replica.send(Abort(request=generation.submit.request, silent=False))
             else:
-                for index in list(generation.open):
-                    generation.put(ChoiceDelta(index=index, finish_reason="abort"))
+                generation.cut_off()
         # An abort takes one step at the most; the answers then still have to be written.
         await self._until_empty(5.0)
 
@@ -278,7 +279,9 @@ class TorchEngine:
         for number in sorted(requests, reverse=True):
             generation = self._requests[number]
             generation.replica = None
-            if generation.issues >= MAX_ISSUES:
+            if self._cutting_off:
+                generation.cut_off()
+            elif generation.issues >= MAX_ISSUES:
                 generation.fail(Unavailable(f"the replica that served it died {generation.issues} times"))
             else:
                 self._waiting.appendleft(generation)

@@ -73,9 +73,14 @@ class TorchGeneration:
 
     def fail(self, error: Exception) -> None:
         """It cannot be finished."""
-        self.open.clear()
         self._deltas.put_nowait(error)
-        self.keeper.forget(self)
+        for index in list(self.open):
+            self._choice_ended(index)
+
+    def cut_off(self) -> None:
+        """It ends with what has been reported so far."""
+        for index in list(self.open):
+            self.put(ChoiceDelta(index=index, finish_reason="abort"))
 
     def _choice_ended(self, index: int) -> None:
         self.open.discard(index)
