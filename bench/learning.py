@@ -8,7 +8,8 @@ group's deviation, one optimizer step a batch), the same reward (exact match) an
 top-k or top-p). Three layouts, one run after the other, seed by seed:
 
 - K = 0, 1, 2, 4: the server on one core, the trainer and its collector on the other, a thread each;
-- K = 2 on both cores: the same two processes with a thread each, which may run on either core;
+- K = 2 on both cores: every process may run on either core; the server has a single-threaded replica a core, as it
+  starts by default, and the trainer one thread;
 - TRL: one process with two threads on both cores, sampling with Transformers' ``generate``; where the Python given can
   import trl.
 

@@ -1,6 +1,6 @@
 """How much of the time generation and training overlap: the longer of the two alone / a measured step.
 
-    python bench/overlap.py [--rounds 3] [--steps 18] [--new_tokens 128] [--silent 0.4]
+    python bench/overlap.py [--rounds 3] [--steps 18] [--new_tokens 128] [--silent 0.375]
 
 The server has one core and one thread. The trainer has the other core and one thread, and shares it with the collector
 and the reward worker, which it starts. Each round measures four things in turn:
@@ -63,11 +63,15 @@ def measure(directory: Path, command: list[str], core: int, server: int) -> Side
 
 
 def write_prompts(path: Path, count: int, tokens: int, silent: float) -> None:
-    """Random digits: a token of the demo's tokenizer each. silent: share of prompts whose rewards are all alike."""
+    """Random digits: a token of the demo's tokenizer each. silent: share of prompts whose rewards are all alike, spread
+    evenly, so that batches are alike."""
     source = random.Random(0)
     rows = [
-        {"prompt": "".join(source.choices("0123456789", k=tokens)), "signal": source.random() >= silent}
-        for _ in range(count)
+        {
+            "prompt": "".join(source.choices("0123456789", k=tokens)),
+            "signal": int((index + 1) * silent) == int(index * silent),
+        }
+        for index in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -80,6 +84,7 @@ def one_round(place: Path, options: argparse.Namespace, port: int, server: int, 
         "vllm_server_host": "127.0.0.1",
         "vllm_server_port": port,
         "dataset": place.parent / "prompts.jsonl",
+        "dataset_shuffle": "false",
         "reward_funcs": f"{HERE / 'rewards.py'}:varied",
         "num_generations": options.completions,
         "per_device_train_batch_size": rollouts // options.micro_batches,
@@ -156,7 +161,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--silent", type=float, default=0.4, help="share of groups whose rewards are all alike")
+    parser.add_argument("--silent", type=float, default=0.375, help="share of groups whose rewards are all alike")
     parser.add_argument("--micro_batches", type=int, default=4)
     options = parser.parse_args()
     if options.steps % BURST:
