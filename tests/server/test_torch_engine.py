@@ -247,7 +247,7 @@ async def test_replicas_that_die_again_and_again_end_the_engine(endless_model: P
                 await asyncio.sleep(0.3)
         with pytest.raises(Unavailable, match="died"):
             await task
-        with pytest.raises(Unavailable, match="replica 0 died 5 times in a row"):
+        with pytest.raises(Unavailable, match="replica 0 died 6 times in a row"):
             engine.generate([5], SamplingParams(), 1, "x", False)
     finally:
         await engine.close()

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 #: Seconds for a replica to copy a staged version, and to commit it with nothing to wait for.
 STAGE_DEADLINE = 600.0
 #: How often one request may be issued.
-MAX_ISSUES = 3
+MAX_ISSUES = 4
 
 
 class TorchEngine:

@@ -31,7 +31,7 @@ LOAD_DEADLINE = 1800.0
 #: Seconds without a word from a replica that has work, after which it counts as stuck and is killed.
 SILENCE = 300.0
 #: Deaths in a row after which a replica is not started anew, unless it has served for so many seconds before.
-MAX_DEATHS, SERVED = 5, 5.0
+MAX_DEATHS, SERVED = 6, 5.0
 
 
 class Replica:
