@@ -145,7 +145,7 @@ def print_shares(rounds: list[dict[str, Side]]) -> None:
             ", ".join(f"{name} {seconds:.3f}" for name, seconds in cpu.items()),
         )
     Console(highlight=False, width=160).print(table)
-    print("collector and reward workers run on the trainer's core")
+    print("collector and reward workers run on the trainer's core; others is what the machine did besides")
 
 
 def _told(found: dict[str, float]) -> str:
@@ -189,6 +189,7 @@ def main() -> None:
         "train_alone_seconds": median["train"],
         "step_seconds_k2": median["K = 2"],
         "step_seconds_k0": median["K = 0"],
+        "others_share_k2": statistics.median(sides["K = 2"].cpu["others"] / sides["K = 2"].seconds for sides in rounds),
         "collector_share_k2": statistics.median(
             (sides["K = 2"].cpu.get("collector", 0.0) + sides["K = 2"].cpu.get("reward workers", 0.0))
             / sides["K = 2"].seconds

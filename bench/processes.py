@@ -75,7 +75,8 @@ def rollout_server(
 
 
 class Sample(NamedTuple):
-    """steps: that the trainer had taken at that moment. cpu: seconds used until then, by process."""
+    """steps: that the trainer had taken at that moment. cpu: seconds used until then, by process; ``others`` is what
+    the machine spent on anything else."""
 
     steps: int
     cpu: dict[str, float]
@@ -93,6 +94,7 @@ def run(command: list[str], cores: Collection[int], directory: Path, server: int
             for pid in _family(process.pid):
                 role = _role(pid, process.pid)
                 cpu[role] = cpu.get(role, 0.0) + _seconds(pid)
+            cpu["others"] = _machine_seconds() - sum(cpu.values())
             samples.append(Sample(metrics.read_bytes().count(b"\n"), cpu))
         time.sleep(TICK)
     if process.returncode != 0:
@@ -103,10 +105,9 @@ def run(command: list[str], cores: Collection[int], directory: Path, server: int
 
 
 def cpu_of_a_step(samples: Sequence[Sample], first: int, last: int) -> dict[str, float]:
-    """CPU seconds of a step, by process, over the steps between ``first`` and ``last``."""
-    inside = [sample for sample in samples if first <= sample.steps <= last]
-    steps = inside[-1].steps - inside[0].steps
-    return {name: (used - inside[0].cpu.get(name, 0.0)) / steps for name, used in inside[-1].cpu.items()}
+    """CPU seconds of a step, by process, from the end of step ``first`` to that of step ``last``."""
+    start, end = (next(sample for sample in samples if sample.steps >= step) for step in (first, last))
+    return {name: (used - start.cpu.get(name, 0.0)) / (last - first) for name, used in end.cpu.items()}
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -128,6 +129,12 @@ def _role(pid: int, trainer: int) -> str:
 def _seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _machine_seconds() -> float:
+    """What all cores have worked since the machine was started."""
+    user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
 
 
 def two_cores() -> tuple[int, int]:
