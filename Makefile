@@ -8,7 +8,7 @@ DEMO_FLAGS ?=
 
 # The constraints name the versions this project was tested with; torch first, so that a CPU build that is at hand
 # is taken instead of the newest CUDA one.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt outrider/server/torch_engine/kernels.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,math,tensorboard]'

@@ -222,7 +222,9 @@ async def test_overlong_prompts_are_rejected_one_by_one(server: RolloutProcess, 
     async with run_of(server, tmp_path, ["mixed"] * 4, tokenizer, max_staleness=0) as run:
         run.prompts.rows[1]["prompt"] = "1" * 21  # type: ignore[index]
         first, _ = await run.collect(0, 2)
-        assert len(first_groups := {sample.group for sample in first.samples}) == 2 and 1 not in first_groups
+        first_groups = {sample.group for sample in first.samples}
+        assert len(first_groups) == 2
+        assert 1 not in first_groups
         assert first.stats.prompts_rejected >= 1
         for row in run.prompts.rows:
             row["prompt"] = "1" * 21  # type: ignore[index]
@@ -313,7 +315,9 @@ async def test_resume_loses_nothing_and_trains_nothing_twice(
         [first] = run.batches
         waiting = set(run.collector.finished)
         assert list(run.collector.gate.running) == [1]
-    assert len(first_groups := {sample.group for sample in first.samples}) == 2 and 1 not in first_groups
+    first_groups = {sample.group for sample in first.samples}
+    assert len(first_groups) == 2
+    assert 1 not in first_groups
     before = {(row.group, row.index): row for row in read_rollouts(run.ledger.path, None)}
 
     hang.unlink()

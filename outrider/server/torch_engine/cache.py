@@ -15,8 +15,7 @@ class SlotCache(Cache):
     Keys lie transposed, so that scores are a product of matrices as they lie: on the CPU a decoding step's attention
     takes 0.6 of the time that it takes otherwise.
 
-    It is handed to the model as its ``past_key_values``: each attention layer writes the new keys and values of the
-    step through :meth:`update`, and the attention function reads whole slots.
+    It is handed to the model as its ``past_key_values``; attention functions write and read it (see ``attention``).
 
     ``slots x positions`` never exceeds ``capacity``: the longer the longest sequence, the fewer there can be. Behind
     the last slot there is a spare one that nobody reads, for rows of padding to write to.
@@ -35,8 +34,6 @@ class SlotCache(Cache):
         self.slots = self.positions = 0
         self.keys = self.values = torch.zeros(0, dtype=dtype, device=device)
         self._allocate(LEAST_POSITIONS, 0, 0)
-        self._write_slots = torch.zeros(0, dtype=torch.long, device=device)
-        self._write_positions = self._write_slots
 
     def slots_at(self, positions: int) -> int:
         """Sequences that fit when each may have ``positions``."""
@@ -62,18 +59,16 @@ class SlotCache(Cache):
         self.layer_keys, self.layer_values = list(keys.unbind(0)), list(values.unbind(0))
         self.slots, self.positions = slots, positions
 
-    def begin_step(self, slots: Tensor, positions: Tensor) -> None:
-        """Where the new keys and values of this step go: int64 [tokens] each."""
-        self._write_slots, self._write_positions = slots, positions
+    def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values ``[tokens, heads, size]`` into a layer: the first n go to ``positions`` of ``slots``,
+        int64 [n] each; those behind them are padding."""
+        self.layer_keys[layer][slots, :, :, positions] = keys[: len(slots)]
+        self.layer_values[layer][slots, :, positions] = values[: len(slots)]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write a step's keys and values ``[1, heads, tokens, head size]``; tokens beyond those announced in
-        :meth:`begin_step` are padding and are not written. Returns its arguments."""
-        slots, positions, count = self._write_slots, self._write_positions, len(self._write_slots)
-        self.layer_keys[layer_idx][slots, :, :, positions] = key_states[0, :, :count].transpose(0, 1)
-        self.layer_values[layer_idx][slots, :, positions] = value_states[0, :, :count].transpose(0, 1)
+        """Asked for by attention layers before they attend: the attention function itself writes what is new."""
         return key_states, value_states
 
     def copy(self, source: int, first: int, count: int, positions: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from outrider.server.torch_engine.attention import Decoding, StepLayout
 from outrider.server.torch_engine.cache import SlotCache, round_positions
+from outrider.server.torch_engine.span_attention import Decoding, SpanLayout
 
 #: Rows of the smallest graph.
 LEAST_ROWS = 16
@@ -70,14 +70,13 @@ class DecodingGraphs:
         slots.fill_(self.cache.slots)
 
         def forward() -> Tensor:
-            self.cache.begin_step(slots, positions)
             span = Decoding(0, rows, positions, context, self.cache.heads, self.cache.dtype)
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 past_key_values=self.cache,
                 use_cache=True,
-                step_layout=StepLayout(self.cache, [span]),
+                step_layout=SpanLayout(self.cache, slots, positions, [span]),
             )
             return output.logits[0]
 

@@ -5,12 +5,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from outrider.server.torch_engine.attention import Decoding, Prefilling, StepLayout
+from outrider.server.torch_engine import kernels
+from outrider.server.torch_engine.attention import StepLayout
 from outrider.server.torch_engine.cache import SlotCache
 from outrider.server.torch_engine.graphs import DecodingGraphs
+from outrider.server.torch_engine.norms import use_fast_norms
 from outrider.server.torch_engine.scheduler import StepPlan
 from outrider.server.torch_engine.sequence import Sequence
 from outrider.server.torch_engine.slots import Slots
+from outrider.server.torch_engine.span_attention import Decoding, Prefilling, SpanLayout
+from outrider.server.torch_engine.token_attention import TokenAttention
 
 #: Both sides of every matrix product that vary from step to step are padded to a multiple of this. Only then do the
 #: CPU's matrix kernels give a row the same bits whatever stands beside it, and a sequence's tokens do not depend on
@@ -29,6 +33,11 @@ class ModelRunner:
         self.model, self.cache, self.slots = model, cache, slots
         self.device = model.device
         self.graphs = DecodingGraphs(model, cache) if self.device.type == "cuda" else None
+        self._attention: TokenAttention | None = None
+        if kernels.usable(self.device, cache.dtype):
+            use_fast_norms(model)
+            if cache.head_size % kernels.LANES == 0:
+                self._attention = TokenAttention(cache)
 
     def forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray]:
         """Compute a step and put its keys and values into the cache.
@@ -57,8 +66,7 @@ class ModelRunner:
                 logit_slots.append(np.array([sequence.slot]))
         tokens = np.concatenate(parts_tokens)
         positions = np.concatenate(parts_positions)
-        self.cache.begin_step(self._tensor(np.concatenate(parts_slots)), self._tensor(positions))
-        layout = StepLayout(self.cache, [*self._decoding(positions[:decoding]), *self._prefilling(plan, positions)])
+        layout = self._layout(plan, np.concatenate(parts_slots), positions)
         rows = np.concatenate(logit_places)
         output = self.model(
             input_ids=self._tensor(pad_rows(tokens))[None],
@@ -73,6 +81,16 @@ class ModelRunner:
             sequence.cached += count
             slots.length[sequence.slot] = sequence.cached
         return output.logits[0, : len(rows)].float(), np.concatenate(logit_slots)
+
+    def _layout(self, plan: StepPlan, slots: np.ndarray, positions: np.ndarray) -> StepLayout:
+        """slots, positions: where the step's tokens go, int64 [tokens] each."""
+        if self._attention is not None:
+            return self._attention.layout(self._tensor(slots), self._tensor(positions))
+        spans: list[Decoding | Prefilling] = [
+            *self._decoding(positions[: plan.decoding]),
+            *self._prefilling(plan, positions),
+        ]
+        return SpanLayout(self.cache, self._tensor(slots), self._tensor(positions), spans)
 
     def _decoding(self, positions: np.ndarray) -> list[Decoding]:
         spans = []

@@ -1,0 +1,195 @@
+/* What a step of the engine spends its time on beside matrix products, for the CPU in float32. See kernels.py.
+
+   Compiled once for each level of instructions: the compiler turns vectors of LANES floats into its instructions.
+   A row's result depends on that row alone, never on what else is computed with it. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Floats of one register. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+/* Floats of one. */
+#define CACHE_LINE 16
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE floats splat(float x) { return (floats){0} + x; }
+INLINE floats load(const float *p) { return *(const floats *)p; }
+INLINE void store(float *p, floats v) { *(floats *)p = v; }
+INLINE floats select(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
+INLINE floats larger(floats a, floats b) { return select(a > b, a, b); }
+
+INLINE float sum(floats v) {
+    float halves[LANES];
+    store(halves, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) halves[i] += halves[i + width];
+    return halves[0];
+}
+
+INLINE float largest(floats v) {
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+/* e^x for x <= 0, to about 2 units in the last place: 2^whole by the exponent's bits, 2^fraction by the polynomial
+   that meets it at the Chebyshev points of [-1, 0]. NaN stays NaN. */
+INLINE floats exponential(floats x) {
+    x *= 1.44269504f;
+    x = select(x < -126.0f, splat(-126.0f), x);
+    ints whole = __builtin_convertvector(x, ints);
+    floats f = x - __builtin_convertvector(whole, floats);
+    floats y = splat(1.09328924e-04f);
+    y = y * f + 1.27554014e-03f;
+    y = y * f + 9.57985997e-03f;
+    y = y * f + 5.54909321e-02f;
+    y = y * f + 2.40224331e-01f;
+    y = y * f + 6.93147045e-01f;
+    y = y * f + 9.99999999e-01f;
+    return y * (floats)((whole + 127) << 23);
+}
+
+/* cap x tanh(x / cap) */
+INLINE floats capped(floats x, float cap) {
+    floats y = x / cap, e = exponential(select(y < 0.0f, y, -y) * 2.0f), t = (1.0f - e) / (1.0f + e) * cap;
+    return select(y < 0.0f, -t, t);
+}
+
+/* Scores of two queries against the keys [size, room] of positions LANES x first_block to LANES x
+   end_block. The values
+   [room, size] of the same positions will be read next: they are called for meanwhile. */
+INLINE void score(const float *q0, const float *q1, const float *keys, const float *values, int64_t size, int64_t room,
+                  int64_t first_block, int64_t end_block, float *s0, float *s1) {
+    int64_t b = first_block * LANES, end = end_block * LANES;
+    for (; b + 2 * LANES <= end; b += 2 * LANES) {
+        floats a0 = splat(0), a1 = a0, c0 = a0, c1 = a0;
+        const float *ahead = values + b * size;
+        for (int64_t d = 0; d < size; d++) {
+            for (int64_t i = 0; i < 2 * LANES; i += CACHE_LINE) __builtin_prefetch(ahead + 2 * LANES * d + i);
+            floats x = load(keys + d * room + b), y = load(keys + d * room + b + LANES);
+            a0 += q0[d] * x;
+            c0 += q1[d] * x;
+            a1 += q0[d] * y;
+            c1 += q1[d] * y;
+        }
+        store(s0 + b, a0);
+        store(s0 + b + LANES, a1);
+        store(s1 + b, c0);
+        store(s1 + b + LANES, c1);
+    }
+    if (b < end) {
+        floats a = splat(0), c = a;
+        for (int64_t d = 0; d < size; d++) {
+            floats x = load(keys + d * room + b);
+            a += q0[d] * x;
+            c += q1[d] * x;
+        }
+        store(s0 + b, a);
+        store(s1 + b, c);
+    }
+}
+
+/* Scores [first, end) to weights that still are to be divided by their sum, which is returned; around them, as far as
+   blocks reach, scores are overwritten. */
+INLINE float weigh(float *s, int64_t first, int64_t end, float scale, float softcap) {
+    int64_t first_block = first / LANES * LANES;
+    floats top = splat(-INFINITY), total = splat(0);
+    for (int64_t p = first_block; p < first; p++) s[p] = -INFINITY;
+    for (int64_t p = end; p % LANES; p++) s[p] = -INFINITY;
+    for (int64_t b = first_block; b < end; b += LANES) {
+        floats x = load(s + b) * scale;
+        if (softcap > 0.0f) x = select(x == -INFINITY, x, capped(x, softcap));
+        top = larger(x, top);
+        store(s + b, x);
+    }
+    float shift = largest(top);
+    for (int64_t b = first_block; b < end; b += LANES) {
+        floats e = exponential(load(s + b) - shift);
+        total += e;
+        store(s + b, e);
+    }
+    return sum(total);
+}
+
+/* Sum of the values [room, size] of positions [first, end) by two rows of weights, two registers of columns at once. */
+INLINE void mix(const float *w0, const float *w1, const float *values, int64_t size, int64_t first, int64_t end,
+                float divisor0, float divisor1, float *out0, float *out1) {
+    int64_t d = 0;
+    for (; d + 2 * LANES <= size; d += 2 * LANES) {
+        floats a0 = splat(0), a1 = a0, c0 = a0, c1 = a0;
+        for (int64_t p = first; p < end; p++) {
+            floats x = load(values + p * size + d), y = load(values + p * size + d + LANES);
+            a0 += w0[p] * x;
+            a1 += w0[p] * y;
+            c0 += w1[p] * x;
+            c1 += w1[p] * y;
+        }
+        store(out1 + d, c0 / divisor1);
+        store(out1 + d + LANES, c1 / divisor1);
+        store(out0 + d, a0 / divisor0);
+        store(out0 + d + LANES, a1 / divisor0);
+    }
+    if (d < size) {
+        floats a = splat(0), c = a;
+        for (int64_t p = first; p < end; p++) {
+            floats x = load(values + p * size + d);
+            a += w0[p] * x;
+            c += w1[p] * x;
+        }
+        store(out1 + d, c / divisor1);
+        store(out0 + d, a / divisor0);
+    }
+}
+
+/* Put the keys and values of a step's tokens into the slots of one layer, and attend: causally, token by token, each
+   over its slot's positions up to its own, the last `window` of them. For heads [first_head, end_head) only.
+
+   queries, out [tokens, heads, groups, size]; new_keys, new_values [tokens, heads, size]; keys [slots, heads, size,
+   room]; values [slots, heads, room, size]; slots, positions [tokens]; scratch [2, room]. size and room are multiples
+   of 16. softcap 0 is off. A slot's tokens come in the order of their positions. */
+void outrider_attend(const float *queries, const float *new_keys, const float *new_values, float *keys, float *values,
+                     const int64_t *slots, const int64_t *positions, int64_t tokens, int64_t heads, int64_t groups,
+                     int64_t size, int64_t room, int64_t window, float scale, float softcap, int64_t first_head,
+                     int64_t end_head, float *out, float *scratch) {
+    float *s0 = scratch, *s1 = scratch + room;
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t position = positions[t], end = position + 1, first = end > window ? end - window : 0;
+        for (int64_t h = first_head; h < end_head; h++) {
+            float *k = keys + (slots[t] * heads + h) * size * room, *v = values + (slots[t] * heads + h) * size * room;
+            const float *k_new = new_keys + (t * heads + h) * size;
+            for (int64_t d = 0; d < size; d++) k[d * room + position] = k_new[d];
+            memcpy(v + position * size, new_values + (t * heads + h) * size, size * sizeof(float));
+            for (int64_t g = 0; g < groups; g += 2) {
+                /* An odd one out is computed twice. */
+                int64_t place = ((t * heads + h) * groups + g) * size, other = g + 1 < groups ? place + size : place;
+                score(queries + place, queries + other, k, v, size, room, first / LANES, (end + LANES - 1) / LANES, s0, s1);
+                float total0 = weigh(s0, first, end, scale, softcap), total1 = weigh(s1, first, end, scale, softcap);
+                mix(s0, s1, v, size, first, end, total0, total1, out + place, out + other);
+            }
+        }
+    }
+}
+
+/* out = x / sqrt(mean(x^2) + epsilon) x (offset + weight), row by row; x, out [rows, size]. */
+void outrider_rms_norm(const float *x, const float *weight, int64_t rows, int64_t size, float epsilon, float offset,
+                       float *out) {
+    int64_t whole = size / LANES * LANES;
+    for (int64_t r = 0; r < rows; r++, x += size, out += size) {
+        floats squares = splat(0);
+        for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
+        float total = sum(squares);
+        for (int64_t i = whole; i < size; i++) total += x[i] * x[i];
+        float factor = 1.0f / sqrtf(total / (float)size + epsilon);
+        for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * factor * (offset + load(weight + i)));
+        for (int64_t i = whole; i < size; i++) out[i] = x[i] * factor * (offset + weight[i]);
+    }
+}
