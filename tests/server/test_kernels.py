@@ -1,6 +1,8 @@
 """The compiled kernels against what they stand for in float64, in every build that this processor can run."""
 
 import itertools
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from outrider.server.torch_engine import kernels
 from outrider.server.torch_engine.cache import SlotCache
-from outrider.server.torch_engine.norms import use_fast_norms
+from outrider.server.torch_engine.fusion import FusedRotary, fuse, fuse_norms
 from outrider.server.torch_engine.token_attention import TokenAttention
 from tests.server.cores import Bench, reference
 from tests.server.models import CONFIGS
@@ -107,7 +109,7 @@ def test_norms(build: None, kind: Callable[..., nn.Module]) -> None:
         with torch.no_grad():
             theirs.weight.normal_()
             ours.weight.copy_(theirs.weight)
-        assert use_fast_norms(ours) == 1
+        assert fuse_norms(ours) == 1
         x = torch.randn(2, 3, rows, size).transpose(1, 2)
         with torch.inference_mode():
             torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
@@ -129,7 +131,7 @@ class CenteredRMSNorm(nn.Module):
 
 def test_a_norm_of_another_kind_is_left_alone() -> None:
     norm = CenteredRMSNorm()
-    assert use_fast_norms(norm) == 0
+    assert fuse_norms(norm) == 0
     x = torch.randn(2, 16)
     torch.testing.assert_close(norm(x), nn.functional.layer_norm(x, (16,), eps=1e-6))
 
@@ -151,3 +153,36 @@ def test_without_a_compiler(
     for prompt, number in zip(batch, numbers, strict=True):
         wanted = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
         assert bench.choices[number][0].tokens == wanted.tolist()
+
+
+def test_rotary_embeddings(build: None, random_model: Path) -> None:
+    """The fused one is used in inference mode, and the model's own in training."""
+    model = reference(random_model)
+    module = sys.modules[type(model).__module__]
+    before = module.apply_rotary_pos_emb
+    fuse(model)
+    fused = module.apply_rotary_pos_emb
+    module.apply_rotary_pos_emb = before
+    assert isinstance(fused, FusedRotary)
+    assert not isinstance(fused.own, FusedRotary)
+    q, k = torch.randn(1, 7, 4, 32).transpose(1, 2), torch.randn(1, 2, 7, 32)
+    angles = torch.randn(1, 7, 16).repeat(1, 1, 2)
+    with torch.inference_mode():
+        ours, theirs = (function(q, k, angles.cos(), angles.sin()) for function in (fused, fused.own))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    q.requires_grad_()
+    rotated, _ = fused(q, k, angles.cos(), angles.sin())
+    rotated.sum().backward()
+    assert q.grad is not None
+
+
+def test_a_rotary_embedding_of_another_kind_is_left_alone() -> None:
+    module = types.ModuleType("modeling_other")
+    module.apply_rotary_pos_emb = lambda q, k, cos, sin: (q * cos, k * cos)  # type: ignore[attr-defined]
+    sys.modules["modeling_other"] = module
+    try:
+        kind = type("Other", (nn.Module,), {"__module__": "modeling_other"})
+        fuse(kind())
+        assert not isinstance(module.apply_rotary_pos_emb, FusedRotary)
+    finally:
+        del sys.modules["modeling_other"]

@@ -193,3 +193,15 @@ void outrider_rms_norm(const float *x, const float *weight, int64_t rows, int64_
         for (int64_t i = whole; i < size; i++) out[i] = x[i] * factor * (offset + weight[i]);
     }
 }
+
+/* Rotary position embedding by halves: x, out [tokens, heads, size]; cosines, sines [tokens, size]. */
+void outrider_rotate(const float *restrict x, const float *restrict cosines, const float *restrict sines, int64_t tokens,
+                     int64_t heads, int64_t size, float *restrict out) {
+    int64_t half = size / 2;
+    for (int64_t t = 0; t < tokens; t++, cosines += size, sines += size)
+        for (int64_t h = 0; h < heads; h++, x += size, out += size)
+            for (int64_t i = 0; i < half; i++) {
+                out[i] = x[i] * cosines[i] - x[i + half] * sines[i];
+                out[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
+            }
+}

@@ -36,6 +36,8 @@ def library() -> ctypes.CDLL | None:
             found.outrider_attend.restype = None
             found.outrider_rms_norm.argtypes = [_POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _POINTER]
             found.outrider_rms_norm.restype = None
+            found.outrider_rotate.argtypes = [_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER]
+            found.outrider_rotate.restype = None
             return found
     log.warning(
         "%s is not there: this installation had no C compiler, and the CPU engine is slower than it could be; install "
@@ -82,4 +84,17 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor
     assert found is not None
     rows = x.numel() // size
     found.outrider_rms_norm(x.data_ptr(), weight.data_ptr(), rows, size, epsilon, offset, out.data_ptr())
+    return out
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, equation 34, with the pairs half a head apart).
+
+    x [tokens, heads, size]; cosines, sines [tokens, size]; all contiguous.
+    """
+    out = torch.empty_like(x)
+    tokens, heads, size = x.shape
+    found = library()
+    assert found is not None
+    found.outrider_rotate(x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), tokens, heads, size, out.data_ptr())
     return out

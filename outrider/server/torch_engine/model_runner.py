@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from outrider.server.torch_engine import kernels
 from outrider.server.torch_engine.attention import StepLayout
 from outrider.server.torch_engine.cache import SlotCache
+from outrider.server.torch_engine.fusion import fuse
 from outrider.server.torch_engine.graphs import DecodingGraphs
-from outrider.server.torch_engine.norms import use_fast_norms
 from outrider.server.torch_engine.scheduler import StepPlan
 from outrider.server.torch_engine.sequence import Sequence
 from outrider.server.torch_engine.slots import Slots
@@ -35,7 +35,7 @@ class ModelRunner:
         self.graphs = DecodingGraphs(model, cache) if self.device.type == "cuda" else None
         self._attention: TokenAttention | None = None
         if kernels.usable(self.device, cache.dtype):
-            use_fast_norms(model)
+            fuse(model)
             if cache.head_size % kernels.LANES == 0:
                 self._attention = TokenAttention(cache)
 
