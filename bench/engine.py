@@ -3,10 +3,10 @@
     python bench/engine.py [--rounds 3] [--vllm_python PATH]
 
 One model, one set of prompts, 64 and 256 requests at once, sampled at temperature 1 with log-probabilities, all sides
-interleaved in one run. `generate` gets the whole batch at once, its best case. vLLM is measured where the Python given
-(by default this one) has it. The embedded engine runs as it does by default; each peer runs in bfloat16 and in
-float32, and the faster of the two counts. Prints a table of medians and, last, one line of JSON; a side not installed
-is null.
+interleaved in one run, each when the machine has become idle. `generate` gets the whole batch at once, its best case.
+vLLM is measured where the Python given (by default this one) has it. The embedded engine runs as it does by default;
+each peer runs in bfloat16 and in float32, and the faster of the two counts. Prints a table of medians and, last, one
+line of JSON; a side not installed is null.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 import aiohttp
 import torch
 from models import save_bench_model
+from processes import wait_for_quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -161,6 +162,7 @@ def main() -> None:
             for round_ in range(options.rounds + 1):
                 for count in CONCURRENCY:
                     for name, run in sides.items():
+                        wait_for_quiet()
                         speed = run(make_prompts(count, seed=round_))
                         if round_:  # the first round warms up
                             results.setdefault((name, count), []).append(speed)

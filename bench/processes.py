@@ -17,6 +17,8 @@ from outrider.contract.lifetime import die_with_parent
 START_DEADLINE = 120.0
 #: Seconds between two looks at a running trainer.
 TICK = 0.3
+#: The machine counts as idle when no more than so many cores were busy for so many seconds.
+QUIET_CORES, QUIET_WINDOW, QUIET_DEADLINE = 0.15, 0.5, 30.0
 
 #: The environment that outrider's own commands make for themselves, and one key for all.
 ENVIRONMENT = {
@@ -135,6 +137,20 @@ def _machine_seconds() -> float:
     """What all cores have worked since the machine was started."""
     user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
     return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet() -> None:
+    """Wait until the machine is idle, so that what ran before does not count against what runs next: servers clean up
+    and threads spin for a while after their last answer. SystemExit when it does not become so."""
+    until = time.monotonic() + QUIET_DEADLINE
+    while True:
+        before = _machine_seconds()
+        time.sleep(QUIET_WINDOW)
+        busy = (_machine_seconds() - before) / QUIET_WINDOW
+        if busy <= QUIET_CORES:
+            return
+        if time.monotonic() > until:
+            raise SystemExit(f"the machine is not idle: {busy:.2f} cores are busy with something else; end it first")
 
 
 def two_cores() -> tuple[int, int]:
