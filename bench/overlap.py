@@ -1,6 +1,6 @@
 """How much of the time generation and training overlap: the longer of the two alone / a measured step.
 
-    python bench/overlap.py [--rounds 3] [--steps 18] [--new_tokens 128] [--silent 0.375]
+    python bench/overlap.py [--rounds 3] [--steps 18] [--new_tokens 128] [--silent 0.625]
 
 The server has one core and one thread. The trainer has the other core and one thread, and shares it with the collector
 and the reward worker, which it starts. Each round measures four things in turn:
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--silent", type=float, default=0.375, help="share of groups whose rewards are all alike")
+    parser.add_argument("--silent", type=float, default=0.625, help="share of groups whose rewards are all alike")
     parser.add_argument("--micro_batches", type=int, default=4)
     options = parser.parse_args()
     if options.steps % BURST:

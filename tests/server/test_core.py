@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.logits_process import MinPLogitsWarper
 
-from outrider.server.torch_engine.prefix import BLOCK
+from outrider.server.torch_engine.cache import BLOCK
 from tests.server.cores import Bench, Choice, reference
 
 

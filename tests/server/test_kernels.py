@@ -53,7 +53,10 @@ def test_attention(build: None, size: int, groups: int, window: int | None, soft
     torch.manual_seed(0)
     heads, room, lengths = 2, 96, [1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 95]
     slots = len(lengths)
-    keys, values = torch.full((slots, heads, size, room), torch.nan), torch.full((slots, heads, room, size), torch.nan)
+    keys, values = (
+        torch.full((slots, heads, room // 16, size, 16), torch.nan),
+        torch.full((slots, heads, room, size), torch.nan),
+    )
     queries = torch.randn(slots, room, heads, groups, size) * 2
     all_keys, all_values = torch.randn(slots, room, heads, size), torch.randn(slots, room, heads, size)
     for chunk in (lambda n: range(n - 1), lambda n: range(n - 1, n)):  # prompts, and then one token each
@@ -73,7 +76,7 @@ def test_attention(build: None, size: int, groups: int, window: int | None, soft
 
 def test_what_is_not_finite_stays_so(build: None) -> None:
     """A diverged model must be seen, in the sequence it is in and in no other."""
-    keys, values = torch.zeros(2, 1, 16, 64), torch.zeros(2, 1, 64, 16)
+    keys, values = torch.zeros(2, 1, 4, 16, 16), torch.zeros(2, 1, 64, 16)
     inputs = [torch.ones(4, 1, 1, 16), torch.ones(4, 1, 16), torch.ones(4, 1, 16)]
     inputs[1][0] = torch.nan
     slots, positions, out = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]), torch.zeros(4, 1, 1, 16)
@@ -85,7 +88,7 @@ def test_what_is_not_finite_stays_so(build: None) -> None:
 def test_threads_change_nothing() -> None:
     """Heads are shared out among them."""
     config = CONFIGS["mistral"]
-    cache = SlotCache(config, 4, 64, 256, torch.float32, torch.device("cpu"))
+    cache = SlotCache(config, 4, 64, 256, torch.float32, torch.device("cpu"), blocked=True)
     cache.resize(64, 0)
     queries, new, results = torch.randn(4, 4, 1, 32), torch.randn(2, 4, 4, 32), []
     before = torch.get_num_threads()

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from outrider.contract.control import Inflight
 from outrider.contract.generation import FinishReason
 from outrider.server.engine import ChoiceDelta
-from outrider.server.torch_engine.cache import SlotCache
+from outrider.server.torch_engine import kernels
+from outrider.server.torch_engine.cache import BLOCK, SlotCache, kv_shape
 from outrider.server.torch_engine.live_weights import LiveWeights
 from outrider.server.torch_engine.logits import adjust
 from outrider.server.torch_engine.messages import Abort, Load, ReplicaSpec, Submit, Update
@@ -30,9 +31,10 @@ class EngineCore:
     def __init__(self, model: PreTrainedModel, spec: ReplicaSpec) -> None:
         dtype = next(model.parameters()).dtype
         self.slots = Slots(spec.max_num_seqs, spec.max_model_len)
+        config = model.config.get_text_config()
         self.cache = SlotCache(
-            model.config.get_text_config(), spec.max_num_seqs, spec.max_model_len, spec.cache_positions, dtype,
-            model.device,
+            config, spec.max_num_seqs, spec.max_model_len, spec.cache_positions, dtype, model.device,
+            blocked=kernels.usable(model.device, dtype) and kv_shape(config)[1] % BLOCK == 0,
         )  # fmt: skip
         self.prefixes = PrefixCache(self.cache, spec.prefix_blocks)
         stops = sorted(set(spec.stop_tokens))

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import xxhash
 
 from outrider.contract.arrays import IntArray
-from outrider.server.torch_engine.prefix import BLOCK
+from outrider.server.torch_engine.cache import BLOCK
 
 #: A prefix of so many blocks names a request's home.
 HOME_BLOCKS = 4

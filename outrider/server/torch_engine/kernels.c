@@ -15,10 +15,10 @@
 #else
 #define LANES 4
 #endif
-/* Floats of one. */
-#define CACHE_LINE 16
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+/* Call for what will be read soon, as far as the second cache: the first has no room for it. */
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE floats splat(float x) { return (floats){0} + x; }
@@ -64,37 +64,35 @@ INLINE floats capped(floats x, float cap) {
     return select(y < 0.0f, -t, t);
 }
 
-/* Scores of two queries against the keys [size, room] of positions LANES x first_block to LANES x
-   end_block. The values
-   [room, size] of the same positions will be read next: they are called for meanwhile. */
-INLINE void score(const float *q0, const float *q1, const float *keys, const float *values, int64_t size, int64_t room,
-                  int64_t first_block, int64_t end_block, float *s0, float *s1) {
-    int64_t b = first_block * LANES, end = end_block * LANES;
-    for (; b + 2 * LANES <= end; b += 2 * LANES) {
-        floats a0 = splat(0), a1 = a0, c0 = a0, c1 = a0;
-        const float *ahead = values + b * size;
-        for (int64_t d = 0; d < size; d++) {
-            for (int64_t i = 0; i < 2 * LANES; i += CACHE_LINE) __builtin_prefetch(ahead + 2 * LANES * d + i);
-            floats x = load(keys + d * room + b), y = load(keys + d * room + b + LANES);
-            a0 += q0[d] * x;
-            c0 += q1[d] * x;
-            a1 += q0[d] * y;
-            c1 += q1[d] * y;
+/* Keys lie in blocks of positions, [room / BLOCK, size, BLOCK]: all that a sequence has lies together, and scores of
+   neighbouring positions are computed in one register. */
+#define BLOCK 16
+/* Sums kept apart, so that one addition need not wait for the other. */
+#define SPLIT (LANES == BLOCK ? 2 : 1)
+
+/* Scores of two queries against the keys of positions first to end, multiples of BLOCK. The values [room, size] of the
+   same positions will be read next: they are called for meanwhile. */
+INLINE void score(const float *q0, const float *q1, const float *keys, const float *values, int64_t size, int64_t first,
+                  int64_t end, float *s0, float *s1) {
+    for (int64_t p = first; p < end; p += BLOCK) {
+        const float *k = keys + p * size, *ahead = values + p * size;
+        floats a[SPLIT][BLOCK / LANES], c[SPLIT][BLOCK / LANES];
+        for (int j = 0; j < SPLIT; j++)
+            for (int i = 0; i < BLOCK / LANES; i++) a[j][i] = c[j][i] = splat(0);
+        for (int64_t d = 0; d < size; d += SPLIT)
+            for (int j = 0; j < SPLIT; j++) {
+                FETCH(ahead + (d + j) * BLOCK);
+                for (int i = 0; i < BLOCK / LANES; i++) {
+                    floats x = load(k + (d + j) * BLOCK + i * LANES);
+                    a[j][i] += q0[d + j] * x;
+                    c[j][i] += q1[d + j] * x;
+                }
+            }
+        for (int i = 0; i < BLOCK / LANES; i++) {
+            for (int j = 1; j < SPLIT; j++) a[0][i] += a[j][i], c[0][i] += c[j][i];
+            store(s0 + p + i * LANES, a[0][i]);
+            store(s1 + p + i * LANES, c[0][i]);
         }
-        store(s0 + b, a0);
-        store(s0 + b + LANES, a1);
-        store(s1 + b, c0);
-        store(s1 + b + LANES, c1);
-    }
-    if (b < end) {
-        floats a = splat(0), c = a;
-        for (int64_t d = 0; d < size; d++) {
-            floats x = load(keys + d * room + b);
-            a += q0[d] * x;
-            c += q1[d] * x;
-        }
-        store(s0 + b, a);
-        store(s1 + b, c);
     }
 }
 
@@ -120,13 +118,16 @@ INLINE float weigh(float *s, int64_t first, int64_t end, float scale, float soft
     return sum(total);
 }
 
-/* Sum of the values [room, size] of positions [first, end) by two rows of weights, two registers of columns at once. */
-INLINE void mix(const float *w0, const float *w1, const float *values, int64_t size, int64_t first, int64_t end,
-                float divisor0, float divisor1, float *out0, float *out1) {
+/* Sum of the values [room, size] of positions [first, end) by two rows of weights, two registers of columns at once.
+   Meanwhile the keys that are read next are called for. */
+INLINE void mix(const float *w0, const float *w1, const float *values, const float *next_keys, int64_t size,
+                int64_t first, int64_t end, float divisor0, float divisor1, float *out0, float *out1) {
     int64_t d = 0;
     for (; d + 2 * LANES <= size; d += 2 * LANES) {
         floats a0 = splat(0), a1 = a0, c0 = a0, c1 = a0;
         for (int64_t p = first; p < end; p++) {
+            if (d == 0)
+                for (int64_t i = 0; i < size; i += BLOCK) FETCH(next_keys + p * size + i);
             floats x = load(values + p * size + d), y = load(values + p * size + d + LANES);
             a0 += w0[p] * x;
             a1 += w0[p] * y;
@@ -153,9 +154,9 @@ INLINE void mix(const float *w0, const float *w1, const float *values, int64_t s
 /* Put the keys and values of a step's tokens into the slots of one layer, and attend: causally, token by token, each
    over its slot's positions up to its own, the last `window` of them. For heads [first_head, end_head) only.
 
-   queries, out [tokens, heads, groups, size]; new_keys, new_values [tokens, heads, size]; keys [slots, heads, size,
-   room]; values [slots, heads, room, size]; slots, positions [tokens]; scratch [2, room]. size and room are multiples
-   of 16. softcap 0 is off. A slot's tokens come in the order of their positions. */
+   queries, out [tokens, heads, groups, size]; new_keys, new_values [tokens, heads, size]; keys [slots, heads,
+   room / BLOCK, size, BLOCK]; values [slots, heads, room, size]; slots, positions [tokens]; scratch [2, room]. size and
+   room are multiples of BLOCK. softcap 0 is off. A slot's tokens come in the order of their positions. */
 void outrider_attend(const float *queries, const float *new_keys, const float *new_values, float *keys, float *values,
                      const int64_t *slots, const int64_t *positions, int64_t tokens, int64_t heads, int64_t groups,
                      int64_t size, int64_t room, int64_t window, float scale, float softcap, int64_t first_head,
@@ -163,17 +164,22 @@ void outrider_attend(const float *queries, const float *new_keys, const float *n
     float *s0 = scratch, *s1 = scratch + room;
     for (int64_t t = 0; t < tokens; t++) {
         int64_t position = positions[t], end = position + 1, first = end > window ? end - window : 0;
+        int64_t first_block = first / BLOCK * BLOCK, end_block = (end + BLOCK - 1) / BLOCK * BLOCK;
         for (int64_t h = first_head; h < end_head; h++) {
-            float *k = keys + (slots[t] * heads + h) * size * room, *v = values + (slots[t] * heads + h) * size * room;
+            int64_t head = slots[t] * heads + h, last = h + 1 == end_head, next_head = head + !last;
+            if (last && t + 1 < tokens) next_head = slots[t + 1] * heads + first_head;
+            float *k = keys + head * size * room, *v = values + head * size * room;
+            const float *next = keys + next_head * size * room;
             const float *k_new = new_keys + (t * heads + h) * size;
-            for (int64_t d = 0; d < size; d++) k[d * room + position] = k_new[d];
+            float *k_own = k + position / BLOCK * BLOCK * size + position % BLOCK;
+            for (int64_t d = 0; d < size; d++) k_own[d * BLOCK] = k_new[d];
             memcpy(v + position * size, new_values + (t * heads + h) * size, size * sizeof(float));
             for (int64_t g = 0; g < groups; g += 2) {
                 /* An odd one out is computed twice. */
                 int64_t place = ((t * heads + h) * groups + g) * size, other = g + 1 < groups ? place + size : place;
-                score(queries + place, queries + other, k, v, size, room, first / LANES, (end + LANES - 1) / LANES, s0, s1);
-                float total0 = weigh(s0, first, end, scale, softcap), total1 = weigh(s1, first, end, scale, softcap);
-                mix(s0, s1, v, size, first, end, total0, total1, out + place, out + other);
+                score(queries + place, queries + other, k, v, size, first_block, end_block, s0, s1);
+                float sum0 = weigh(s0, first, end, scale, softcap), sum1 = weigh(s1, first, end, scale, softcap);
+                mix(s0, s1, v, next, size, first, end, sum0, sum1, out + place, out + other);
             }
         }
     }
@@ -195,8 +201,8 @@ void outrider_rms_norm(const float *x, const float *weight, int64_t rows, int64_
 }
 
 /* Rotary position embedding by halves: x, out [tokens, heads, size]; cosines, sines [tokens, size]. */
-void outrider_rotate(const float *restrict x, const float *restrict cosines, const float *restrict sines, int64_t tokens,
-                     int64_t heads, int64_t size, float *restrict out) {
+void outrider_rotate(const float *restrict x, const float *restrict cosines, const float *restrict sines,
+                     int64_t tokens, int64_t heads, int64_t size, float *restrict out) {
     int64_t half = size / 2;
     for (int64_t t = 0; t < tokens; t++, cosines += size, sines += size)
         for (int64_t h = 0; h < heads; h++, x += size, out += size)

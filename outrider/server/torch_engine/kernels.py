@@ -16,8 +16,6 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-#: Head sizes and positions of a slot are multiples of this.
-LANES = 16
 #: Builds by what torch says that the processor can do.
 _BUILDS = {"AVX512": "avx512", "AVX2": "avx2"}
 
@@ -59,12 +57,13 @@ def attend(
     """Write the keys and values of a step's tokens into their slots, and attend, causally.
 
     queries, out [tokens, key-value heads, groups, size]; new_keys, new_values [tokens, key-value heads, size]; keys
-    [slots, key-value heads, size, room] and values [slots, key-value heads, room, size] of one layer; slots,
-    positions int64 [n], for the first n tokens; all contiguous. A slot's tokens come in the order of their positions.
+    [slots, key-value heads, blocks, size, 16] and values [slots, key-value heads, room, size] of one layer; slots,
+    positions int64 [n], for the first n tokens; all contiguous. size is a multiple of 16. A slot's tokens come in the
+    order of their positions.
     heads: the key-value heads to do; several threads may do different ones at the same time.
     """
     _, count, groups, size = queries.shape
-    room = keys.shape[-1]
+    room = values.shape[-2]
     scratch = torch.empty(2, room)
     found = library()
     assert found is not None

@@ -22,9 +22,8 @@ from outrider.contract.identity import SPECIAL_TOKENS, host_identity, model_fing
 from outrider.contract.options import DTypeChoice
 from outrider.server.config import RolloutConfig
 from outrider.server.torch_engine.attention import ATTENTION_NAME
-from outrider.server.torch_engine.cache import position_bytes, round_positions
+from outrider.server.torch_engine.cache import BLOCK, position_bytes, round_positions
 from outrider.server.torch_engine.messages import ReplicaSpec
-from outrider.server.torch_engine.prefix import BLOCK
 
 #: Context of a model that was made for more, unless --max_model_len says otherwise.
 DEFAULT_CONTEXT = 4096

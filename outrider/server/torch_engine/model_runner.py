@@ -33,11 +33,9 @@ class ModelRunner:
         self.model, self.cache, self.slots = model, cache, slots
         self.device = model.device
         self.graphs = DecodingGraphs(model, cache) if self.device.type == "cuda" else None
-        self._attention: TokenAttention | None = None
+        self._attention = TokenAttention(cache) if cache.blocked else None
         if kernels.usable(self.device, cache.dtype):
             fuse(model)
-            if cache.head_size % kernels.LANES == 0:
-                self._attention = TokenAttention(cache)
 
     def forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray]:
         """Compute a step and put its keys and values into the cache.
@@ -73,7 +71,8 @@ class ModelRunner:
             position_ids=self._tensor(pad_rows(positions))[None],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=self._tensor(pad_rows(rows)),
+            # 0 is all of them.
+            logits_to_keep=self._tensor(pad_rows(rows)) if plan.chunks else 0,
             step_layout=layout,
         )
         slots.length[:decoding] += 1

@@ -6,10 +6,7 @@ import numpy as np
 import torch
 import xxhash
 
-from outrider.server.torch_engine.cache import SlotCache
-
-#: Tokens of a block.
-BLOCK = 16
+from outrider.server.torch_engine.cache import BLOCK, SlotCache
 
 
 class PrefixCache:
@@ -52,10 +49,9 @@ class PrefixCache:
             return 0
         length, shape = len(found) * BLOCK, (self.cache.layer_count, self.cache.heads)
         blocks = torch.tensor(found, device=self.cache.device)
-        # [layers, blocks, heads, size, 16] -> [layers, heads, size, blocks x 16]
-        keys = self._keys[:, blocks].permute(0, 2, 3, 1, 4).reshape(*shape, self.cache.head_size, length)
+        # [layers, blocks, heads, 16, size] -> [layers, heads, blocks x 16, size]
         values = self._values[:, blocks].permute(0, 2, 1, 3, 4).reshape(*shape, length, self.cache.head_size)
-        self.cache.keys[:, slot, ..., :length] = keys
+        self.cache.keys[:, slot, :, : len(found)] = self._keys[:, blocks].transpose(1, 2)
         self.cache.values[:, slot, :, :length] = values
         self.hits += length
         return length
@@ -77,9 +73,8 @@ class PrefixCache:
             return
         places, blocks = torch.tensor(new, device=self.cache.device).unbind(1)
         cache, shape, whole = self.cache, (self.cache.layer_count, self.cache.heads), 1 + new[-1][0]
-        keys = cache.keys[:, slot, ..., : whole * BLOCK].reshape(*shape, cache.head_size, whole, BLOCK)
         values = cache.values[:, slot, :, : whole * BLOCK].reshape(*shape, whole, BLOCK, cache.head_size)
-        self._keys[:, blocks] = keys[..., places, :].permute(0, 3, 1, 2, 4)
+        self._keys[:, blocks] = cache.keys[:, slot, :, places].transpose(1, 2)
         self._values[:, blocks] = values[:, :, places].permute(0, 2, 1, 3, 4)
 
     def _take(self) -> int:
