@@ -20,6 +20,7 @@ from outrider.server.auth import server_key
 from outrider.server.config import RolloutConfig
 from outrider.server.connections import PatientProtocol
 from outrider.server.engine import Unavailable
+from outrider.server.torch_engine.forking import prepare
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def serve(config: RolloutConfig) -> int:
     key = server_key(config.api_key)
     print(f"listening on {config.host}:{listener.getsockname()[1]}, loading {config.model}", flush=True)
     yield_idle_threads()
-    # transformers, and torch with it, are imported only from here on
+    # transformers, and torch with it, are imported only from here on: here, and where replicas come from.
+    prepare()
     from outrider.server.text import load_text
     from outrider.server.torch_engine.engine import TorchEngine
     from outrider.server.torch_engine.loading import plan_engine

@@ -8,6 +8,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.logits_process import MinPLogitsWarper
 
+from outrider.server.torch_engine import kernels
 from outrider.server.torch_engine.cache import BLOCK
 from tests.server.cores import Bench, Choice, reference
 
@@ -52,10 +53,15 @@ def test_logprobs_are_those_of_the_trainer(random_model: Path) -> None:
     assert sum(gaps) / len(gaps) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_company_does_not_change_a_sequence(random_model: Path, dtype: str) -> None:
+@pytest.mark.parametrize("by", ["kernels, float32", "torch, float32", "torch, bfloat16"])
+def test_company_does_not_change_a_sequence(random_model: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, in a crowd, as one of n, prefilled in chunks, from the prefix cache, or put back for lack of room: the
     same bits."""
+    means, dtype = by.split(", ")
+    if means == "torch":
+        if random_model.name[:-1] not in {"qwen3", "gemma2"}:
+            pytest.skip("two architectures are enough for what is the same operations")
+        monkeypatch.setattr(kernels, "usable", lambda *_: False)
     alone = Bench(random_model, dtype=dtype)
     batch = prompts(24, seed=2, longest=60)
     batch[5] = batch[4] + batch[5][:20]  # a shared prefix

@@ -9,6 +9,7 @@ from typing import Any
 
 from outrider.contract.errors import UserError
 from outrider.server.engine import Unavailable
+from outrider.server.torch_engine.forking import replica_context
 from outrider.server.torch_engine.messages import (
     Abort,
     Commit,
@@ -22,7 +23,7 @@ from outrider.server.torch_engine.messages import (
     Submit,
     Update,
 )
-from outrider.server.torch_engine.replica_process import ReplicaProcess, replica_context
+from outrider.server.torch_engine.replica_process import ReplicaProcess
 
 log = logging.getLogger(__name__)
 

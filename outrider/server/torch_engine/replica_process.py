@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import os
-import signal
 import tempfile
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 
@@ -14,19 +12,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from outrider.server.torch_engine.forking import signals_waiting
 from outrider.server.torch_engine.messages import FromFront, FromReplica, Load, Quit, ReplicaSpec
 from outrider.server.torch_engine.replica import main
 
 #: Seconds that a replica is given to end after it was told to.
 _FAREWELL = 5.0
-
-
-def replica_context() -> ForkServerContext:
-    """Replicas are forked from a process that has imported what they need and done nothing else: a new one is ready
-    as soon as its model is loaded."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["outrider.server.torch_engine.replica", "transformers.models.auto.modeling_auto"])
-    return context
 
 
 class ReplicaProcess:
@@ -65,14 +56,8 @@ class ReplicaProcess:
         loop.add_reader(self.process.sentinel, self._died)
 
     def _start_process(self) -> None:
-        # Ctrl-C, and whoever stops a service, signal all processes of a group. When replicas end is for the front to
-        # say: they, and the process they are forked from, inherit that these signals wait.
-        signals = {signal.SIGINT, signal.SIGTERM}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        try:
+        with signals_waiting():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def pid(self) -> int | None:
