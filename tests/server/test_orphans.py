@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_a_killed_server_leaves_no_process(demo_model: Path, tmp_path: Path) -> None:
+def sockets() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("outrider-replica-*"))
+
+
+def test_a_killed_server_leaves_nothing(demo_model: Path, tmp_path: Path) -> None:
+    """No process, and no file."""
+    before = sockets()
     server = start_torch(demo_model, tmp_path, "--data_parallel_size", "2", key="key")
     descendants = children(server.process.pid)
     assert len(descendants) >= 3  # two replicas, and what they are forked from
@@ -27,3 +34,4 @@ def test_a_killed_server_leaves_no_process(demo_model: Path, tmp_path: Path) -> 
     while left := [pid for pid in descendants if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
+    assert sockets() <= before

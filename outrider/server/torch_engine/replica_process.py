@@ -97,14 +97,21 @@ class ReplicaProcess:
             self._reader.cancel()
         self._socket.close()
         self._zmq.term()
+        self._remove_directory()
+
+    async def _read(self) -> None:
+        message = await self._socket.recv()
+        # Both ends have the socket now; nobody needs its name, and a server that is killed leaves nothing behind.
+        self._remove_directory()
+        while True:
+            self._on_message(self, self._decode(message))
+            message = await self._socket.recv()
+
+    def _remove_directory(self) -> None:
         with contextlib.suppress(OSError):
             for name in os.listdir(self._directory):
                 os.unlink(os.path.join(self._directory, name))
             os.rmdir(self._directory)
-
-    async def _read(self) -> None:
-        while True:
-            self._on_message(self, self._decode(await self._socket.recv()))
 
     def _forget(self) -> None:
         with contextlib.suppress(ValueError, OSError):
