@@ -35,6 +35,15 @@ def _load(specs: Sequence[str], settings: RewardSettings, plugins: Sequence[str]
         _load_problem = f"it cannot be loaded in a process of its own: {error}"
 
 
+def _timed_call(
+    index: int, name: str, completions: list[str], columns: dict[str, list[Any]]
+) -> tuple[list[float | None] | str, float]:
+    """See :func:`_call`, and the seconds that it took."""
+    started = time.monotonic()
+    outcome = _call(index, name, completions, columns)
+    return outcome, time.monotonic() - started
+
+
 def _call(index: int, name: str, completions: list[str], columns: dict[str, list[Any]]) -> list[float | None] | str:
     """The rewards, or in words why there are none: a user's exception or object need not survive the way back, and
     one that does not breaks the pool for good."""
@@ -90,8 +99,8 @@ def _nothing() -> None:
 class RewardRunner:
     """Scores groups. A plain function that hangs has its process killed; the others go on.
 
-    seconds: of all calls, since the start. running: groups being scored. switched: called when that becomes none, or
-    one again.
+    seconds: that all calls have computed since the start, without their time in the queue. running: groups being
+    scored. switched: called when that becomes none, or one again.
     """
 
     def __init__(
@@ -123,7 +132,6 @@ class RewardRunner:
         arguments["prompts"] = [prompt] * count
         arguments["completion_ids"] = [rollout.tokens for rollout in rollouts]
         completions = [rollout.text for rollout in rollouts]
-        started = time.monotonic()
         self._count(1)
         try:
             results = await asyncio.gather(
@@ -131,7 +139,6 @@ class RewardRunner:
             )
         finally:
             self._count(-1)
-        self.seconds += time.monotonic() - started
         return list(results)
 
     def _count(self, change: int) -> None:
@@ -145,12 +152,15 @@ class RewardRunner:
         try:
             if reward.is_async:
                 function = cast(Callable[..., Awaitable[Any]], reward.function)
+                started = time.monotonic()
                 result = await asyncio.wait_for(_await(function(completions, **_as_lists(columns))), self.timeout)
+                self.seconds += time.monotonic() - started
                 return check_rewards(name, result, len(completions))
             assert self._pool is not None
             # The time counts from when a worker takes the call, so neither its start nor the queue goes into it.
-            future = self._pool.schedule(_call, args=(index, name, completions, columns), timeout=self.timeout)
-            outcome = await asyncio.wrap_future(future)
+            future = self._pool.schedule(_timed_call, args=(index, name, completions, columns), timeout=self.timeout)
+            outcome, seconds = await asyncio.wrap_future(future)
+            self.seconds += seconds
         except RewardFailed:
             raise
         except (TimeoutError, FutureTimeout) as error:

@@ -35,7 +35,7 @@ class BatchStats(msgspec.Struct, kw_only=True):
     staleness bound or the data admits nothing. generation_down_seconds: not up, draining, or without weights of this
     run yet. generation_idle_share: the share of the second and the third.
 
-    The others overlap with these and with each other. reward_seconds: of calls, summed over the groups.
+    The others overlap with these and with each other. reward_seconds: computing, summed over all calls.
     reward_wait_seconds: wall clock with nothing in flight on any server and rewards still running. stage_seconds,
     commit_seconds: of fetching weights and of switching to them, summed over the servers. pack_seconds: from the choice
     of the batch to its shipping, which is advantages, the ledger's answer and packing.

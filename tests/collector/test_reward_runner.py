@@ -207,6 +207,16 @@ def test_two_functions_of_one_name_are_told_apart(plugin: Path, tmp_path: Path) 
         RewardRunner([specs[0], specs[0]], RewardSettings(), [], 1.0, 1)
 
 
+async def test_only_computing_counts(tmp_path: Path) -> None:
+    """Twenty calls of a tenth of a second for one worker: they wait 19 seconds for each other."""
+    path = tmp_path / "slow.py"
+    path.write_text("import time\n\ndef slow(completions):\n    time.sleep(0.1)\n    return [0.0]\n")
+    runner = runner_of(path, "slow")
+    await asyncio.gather(*(runner.score([rollout([3])], "prompt", {}) for _ in range(20)))
+    assert 2.0 <= runner.seconds < 10.0
+    runner.close()
+
+
 async def test_a_plugin_that_loads_only_once_is_told(tmp_path: Path) -> None:
     """It loads here and not in a worker, as a plugin that binds a port would. Workers that die while they start would
     be started again for ever, and nobody would answer."""

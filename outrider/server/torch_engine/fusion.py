@@ -68,8 +68,9 @@ class FusedRotary:
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *arguments: object, **keywords: object
     ) -> tuple[Tensor, Tensor]:
         """q, k [1, heads, tokens, size]; cos, sin [1, tokens, size]."""
-        plain = torch.is_inference_mode_enabled() and not arguments and not keywords and q.device.type == "cpu"
-        if not plain or q.dtype != torch.float32 or cos.dtype != q.dtype or (q.shape[0], *q.shape[2:]) != cos.shape:
+        plain = torch.is_inference_mode_enabled() and not arguments and not keywords
+        fits = (q.shape[0], *q.shape[2:]) == cos.shape and cos.dtype == q.dtype
+        if not (plain and fits and kernels.usable(q.device, q.dtype)):
             return self.own(q, k, cos, sin, *arguments, **keywords)
         cosines, sines = cos[0].contiguous(), sin[0].contiguous()
         return tuple(  # type: ignore[return-value]
