@@ -1,6 +1,5 @@
 """Whatever settings are written as flags, the same settings are read."""
 
-import contextlib
 from typing import Any
 
 from hypothesis import given
@@ -85,5 +84,10 @@ def test_rollout(values: dict[str, Any], equals: bool, hyphens: bool) -> None:
 
 @given(st.lists(st.text(max_size=12) | st.sampled_from(["--model", "--port", "--port=1", "--dry_run", "8000"])))
 def test_any_words_give_settings_or_a_message(argv: list[str]) -> None:
-    with contextlib.suppress(UserError):
+    try:
         ROLLOUT.parse(argv)
+    except UserError as error:
+        told = bool(str(error))
+    else:
+        told = True
+    assert told, "an error without a message"

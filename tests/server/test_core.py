@@ -18,6 +18,16 @@ def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
     return [[source.randrange(3, 99) for _ in range(source.randrange(1, longest))] for _ in range(count)]
 
 
+def assert_greedy_as_generate(bench: Bench, path: Path) -> None:
+    """Token for token."""
+    batch, model = prompts(12), reference(path)
+    numbers = [bench.ask(prompt, max_tokens=24, temperature=0.0) for prompt in batch]
+    bench.steps()
+    for prompt, number in zip(batch, numbers, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+        assert bench.choices[number][0].tokens == expected.tolist()
+
+
 def plain_logits(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Logits at which each of ``tokens`` was drawn, by one plain forward pass; [tokens, vocabulary]."""
     with torch.inference_mode():
@@ -29,13 +39,7 @@ def content(choices: list[Choice]) -> list[tuple[list[int], list[float]]]:
 
 
 def test_greedy_equals_generate(random_model: Path) -> None:
-    bench, model = Bench(random_model), reference(random_model)
-    batch = prompts(12)
-    numbers = [bench.ask(prompt, max_tokens=24, temperature=0.0) for prompt in batch]
-    bench.steps()
-    for prompt, number in zip(batch, numbers, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
-        assert bench.choices[number][0].tokens == expected.tolist()
+    assert_greedy_as_generate(Bench(random_model), random_model)
 
 
 def test_logprobs_are_those_of_the_trainer(random_model: Path) -> None:
@@ -53,15 +57,20 @@ def test_logprobs_are_those_of_the_trainer(random_model: Path) -> None:
     assert sum(gaps) / len(gaps) <= 1e-5
 
 
-@pytest.mark.parametrize("by", ["kernels, float32", "torch, float32", "torch, bfloat16"])
-def test_company_does_not_change_a_sequence(random_model: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_company_does_not_change_a_sequence(random_model: Path) -> None:
+    assert_company_changes_nothing(random_model, "float32")
+
+
+@pytest.mark.parametrize("random_model", ["qwen3", "gemma2"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nor_does_it_without_kernels(random_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "usable", lambda *_: False)
+    assert_company_changes_nothing(random_model, dtype)
+
+
+def assert_company_changes_nothing(random_model: Path, dtype: str) -> None:
     """Alone, in a crowd, as one of n, prefilled in chunks, from the prefix cache, or put back for lack of room: the
     same bits."""
-    means, dtype = by.split(", ")
-    if means == "torch":
-        if random_model.name[:-1] not in {"qwen3", "gemma2"}:
-            pytest.skip("two architectures are enough for what is the same operations")
-        monkeypatch.setattr(kernels, "usable", lambda *_: False)
     alone = Bench(random_model, dtype=dtype)
     batch = prompts(24, seed=2, longest=60)
     batch[5] = batch[4] + batch[5][:20]  # a shared prefix

@@ -45,6 +45,12 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "call usable() first"
+    return found
+
+
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for a model on ``device`` in ``dtype``."""
     return device.type == "cpu" and dtype == torch.float32 and library() is not None
@@ -65,9 +71,7 @@ def attend(
     _, count, groups, size = queries.shape
     room = values.shape[-2]
     scratch = torch.empty(2, room)
-    found = library()
-    assert found is not None
-    found.outrider_attend(
+    _loaded().outrider_attend(
         queries.data_ptr(), new_keys.data_ptr(), new_values.data_ptr(), keys.data_ptr(), values.data_ptr(),
         slots.data_ptr(), positions.data_ptr(), len(slots), count, groups, size, room, window or room, scale,
         softcap or 0.0, heads.start, heads.stop, out.data_ptr(), scratch.data_ptr(),
@@ -79,10 +83,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor
     arXiv:1910.07467, equation 4). x [..., size] contiguous, weight [size]."""
     out = torch.empty_like(x)
     size = x.shape[-1]
-    found = library()
-    assert found is not None
     rows = x.numel() // size
-    found.outrider_rms_norm(x.data_ptr(), weight.data_ptr(), rows, size, epsilon, offset, out.data_ptr())
+    _loaded().outrider_rms_norm(x.data_ptr(), weight.data_ptr(), rows, size, epsilon, offset, out.data_ptr())
     return out
 
 
@@ -93,7 +95,5 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """
     out = torch.empty_like(x)
     tokens, heads, size = x.shape
-    found = library()
-    assert found is not None
-    found.outrider_rotate(x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), tokens, heads, size, out.data_ptr())
+    _loaded().outrider_rotate(x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), tokens, heads, size, out.data_ptr())
     return out
