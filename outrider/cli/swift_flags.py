@@ -31,9 +31,8 @@ _ONE = ("1", "1.0")
 _ZERO = ("0", "0.0", "none", "null")
 _NONE = ("none", "null", "")
 
-_VLLM_SPEED = "it tunes the speed of vLLM, and the torch engine has no such setting"
 _COLOCATED = "it is for an engine inside the trainer; servers have settings of their own"
-_VLLM_OPTIONS = "the torch engine cannot promise what vLLM would do with it; leave it out"
+_PIPELINE = "weights are shared out over --tensor_parallel_size GPUs, not over stages; set 1"
 _MULTI_TURN = "rollouts have one turn in this version; leave it out"
 _GYM = "environments are not in this version; score with --reward_funcs"
 _LORA = "all weights are trained in this version, and there is no LoRA; leave it out"
@@ -64,19 +63,17 @@ _SHARED: dict[str, SwiftFlag] = {
 
 #: Of ``swift rollout``.
 ROLLOUT_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
-    "vllm_pipeline_parallel_size": _refused("the torch engine runs on one device; set 1", _ONE),
-    "pipeline_parallel_size": _refused("the torch engine runs on one device; set 1", _ONE),
-    "vllm_gpu_memory_utilization": _unused("the torch engine bounds its cache with --kv_cache_gib"),
-    "vllm_enforce_eager": _unused(_VLLM_SPEED),
-    "vllm_disable_custom_all_reduce": _unused(_VLLM_SPEED),
-    "vllm_enable_expert_parallel": _unused(_VLLM_SPEED, _OFF),
-    "vllm_speculative_config": _unused("speculation changes speed and not what is sampled; the torch engine has none"),
+    "vllm_pipeline_parallel_size": _refused(_PIPELINE, _ONE),
+    "pipeline_parallel_size": _refused(_PIPELINE, _ONE),
+    "vllm_enable_expert_parallel": _refused("mixtures of experts cannot take new weights while they run", _OFF),
+    "vllm_speculative_config": _unused(
+        "speculation changes speed and not what is sampled, and a draft model would not follow the weights", _NONE
+    ),
     "vllm_use_async_engine": _unused("the server always takes requests as they come", _ON),
     "vllm_max_lora_rank": _unused("there are no adapters here"),
     "vllm_enable_lora": _refused(_ADAPTER, _OFF),
     "vllm_quantization": _refused("the server samples from the weights as they were trained; leave it out", _NONE),
     "vllm_limit_mm_per_prompt": _refused("prompts are text alone in this version; leave it out", ("{}", *_NONE)),
-    "vllm_engine_kwargs": _refused(_VLLM_OPTIONS, ("{}", *_NONE)),
     "external_plugins": _unused(
         "a server runs no plugins; reward functions belong to the trainer's --external_plugins"
     ),

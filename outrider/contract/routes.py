@@ -12,6 +12,9 @@ COMMIT = "/outrider/weights/commit"
 STATUS = "/outrider/weights/status"
 DRAIN = "/outrider/drain"
 
+#: All of the above.
+SERVER_ROUTES = frozenset({COMPLETIONS, CHAT, MODELS, HEALTH, METRICS, INFO, STAGE, COMMIT, STATUS, DRAIN})
+
 #: Routes that answer without the API key, so that a supervisor can probe liveness without holding it.
 OPEN_ROUTES = frozenset({HEALTH})
 

@@ -4,7 +4,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from outrider.contract import routes
@@ -33,8 +33,12 @@ class ServerApp:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine, served_name))
 
-    def asgi(self, key: str) -> ASGIApp:
-        """The application, behind the key."""
+    def metric_names(self) -> frozenset[str]:
+        """Of the metrics that it gives."""
+        return frozenset(metric.name for metric in self.registry.collect())
+
+    def asgi(self, key: str, more: BaseRoute | None = None) -> ASGIApp:
+        """The application, behind the key. more: routes besides the contract's, behind the same key."""
         handlers: list[tuple[str, Handler, str]] = [
             (routes.HEALTH, self.health, "GET"),
             (routes.METRICS, self.metrics, "GET"),
@@ -47,7 +51,8 @@ class ServerApp:
             (routes.STATUS, self.status, "GET"),
             (routes.DRAIN, self.drain_route, "POST"),
         ]
-        app = Starlette(routes=[Route(path, answering(handler), methods=[verb]) for path, handler, verb in handlers])
+        known: list[BaseRoute] = [Route(path, answering(handler), methods=[verb]) for path, handler, verb in handlers]
+        app = Starlette(routes=known if more is None else [*known, more])
         app.add_exception_handler(404, _not_found)
         app.add_exception_handler(405, _not_allowed)
         return KeyMiddleware(app, key)

@@ -58,8 +58,11 @@ class KeyMiddleware:
         self.expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_ROUTES or self._bears_key(scope):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_ROUTES or self._bears_key(scope):
             await self.app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
             return
         detail = ErrorDetail(
             message=f"this server needs its API key: Authorization: Bearer <key> (the key is in its owner's "

@@ -13,9 +13,13 @@ class RolloutConfig(Section):
     """One rollout server."""
 
     model: Annotated[str, option("Model directory or hub id")]
-    engine: Annotated[EngineChoice, option("torch: the embedded engine; vllm: not in this version; auto: torch")] = (
-        "auto"
-    )
+    engine: Annotated[
+        EngineChoice,
+        option(
+            "torch: the embedded engine; vllm: vLLM's server; auto: vllm where it is installed and a GPU is visible, "
+            "else torch"
+        ),
+    ] = "auto"
     host: Annotated[str, option("Address to listen on")] = "0.0.0.0"
     port: Annotated[int, option("Port to listen on; a taken port is an error", ge=0, le=65535)] = 8000
     max_model_len: Annotated[
@@ -32,10 +36,15 @@ class RolloutConfig(Section):
         ),
     ] = 256  # fmt: skip
     max_num_batched_tokens: Annotated[
-        int, option("Tokens of one engine step of all replicas, decoded and prefilled together", ge=16)
-    ] = 2048
+        Annotated[int, Meta(ge=16)] | None,
+        option("Tokens of one engine step, decoded and prefilled together, of all replicas (default: 2048 with torch, "
+               "vLLM's own with vllm)"),
+    ] = None  # fmt: skip
     kv_cache_gib: Annotated[
-        float, option("Upper bound of the key-value caches of the torch engine, all replicas together, GiB", gt=0)
+        float,
+        option(
+            "Upper bound of the key-value caches on a CPU and of the torch engine's, all replicas together, GiB", gt=0
+        ),
     ] = 4.0
     torch_dtype: Annotated[
         DTypeChoice,
@@ -46,11 +55,15 @@ class RolloutConfig(Section):
     ] = "auto"
     tensor_parallel_size: Annotated[
         int,
-        option("GPUs that share one replica; the torch engine takes 1", aliases=("vllm_tensor_parallel_size",), ge=1),
+        option(
+            "GPUs, or CPU cores, that share one replica; the torch engine takes 1",
+            aliases=("vllm_tensor_parallel_size",),
+            ge=1,
+        ),
     ] = 1
     data_parallel_size: Annotated[
         PositiveInt | None,
-        option("Replicas behind the one port (default: for small models one for each CPU core, else 1)",
+        option("Replicas behind the one port (default: torch, small models: one for each CPU core; else 1)",
                aliases=("vllm_data_parallel_size",)),
     ] = None  # fmt: skip
     enable_prefix_caching: Annotated[
@@ -68,5 +81,27 @@ class RolloutConfig(Section):
     threads: Annotated[
         PositiveInt | None, option("CPU threads of all replicas together (default: every core this process may use)")
     ] = None
+    gpu_memory_utilization: Annotated[
+        float,
+        option("vllm: share of each GPU's memory for weights, staged weights and cache", gt=0, le=1,
+               aliases=("vllm_gpu_memory_utilization",)),
+    ] = 0.9  # fmt: skip
+    weight_staging: Annotated[
+        Literal["device", "host"],
+        option("vllm: where the next weights wait for their commit: device, beside those in use, or host, in pinned "
+               "memory, which makes room for cache and the commit slower"),
+    ] = "device"  # fmt: skip
+    enforce_eager: Annotated[
+        bool | None,
+        option("vllm: no compilation and no CUDA graphs (default: on a CPU true, on GPUs false)",
+               aliases=("vllm_enforce_eager",)),
+    ] = None  # fmt: skip
+    disable_custom_all_reduce: Annotated[
+        bool, option("vllm: all-reduce by NCCL alone", aliases=("vllm_disable_custom_all_reduce",))
+    ] = False
+    engine_kwargs: Annotated[
+        str, option("vllm: JSON object of further engine arguments by name, which win over those that follow from "
+                    "other flags", aliases=("vllm_engine_kwargs",))
+    ] = "{}"  # fmt: skip
     log_level: Annotated[Literal["debug", "info", "warning", "error"], option("What the server logs")] = "info"
     dry_run: Annotated[bool, option("Print the resolved configuration and exit")] = False

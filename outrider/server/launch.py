@@ -5,7 +5,6 @@ import contextlib
 import errno
 import gc
 import logging
-import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ from collections.abc import Iterator
 import uvicorn
 
 from outrider.contract.errors import UserError
-from outrider.contract.keys import key_file
 from outrider.contract.threads import yield_idle_threads
 from outrider.server.app import ServerApp
 from outrider.server.auth import server_key
 from outrider.server.config import RolloutConfig
 from outrider.server.connections import PatientProtocol
 from outrider.server.engine import Unavailable
+from outrider.server.ready import ready_message
 from outrider.server.torch_engine.forking import prepare
 
 log = logging.getLogger(__name__)
@@ -33,6 +32,10 @@ def serve(config: RolloutConfig) -> int:
     key = server_key(config.api_key)
     print(f"listening on {config.host}:{listener.getsockname()[1]}, loading {config.model}", flush=True)
     yield_idle_threads()
+    if config.engine == "vllm":
+        from outrider.server.vllm_engine.launcher import serve_vllm
+
+        return serve_vllm(config, listener, key)
     # transformers, and torch with it, are imported only from here on: here, and where replicas come from.
     prepare()
     from outrider.server.text import load_text
@@ -125,7 +128,8 @@ class _Server(uvicorn.Server):
         # all requests for a fifth of a second.
         gc.collect()
         gc.freeze()
-        print(ready_message(self.app, self.rollout, self.listener), flush=True)
+        host, port = self.listener.getsockname()[:2]
+        print(ready_message(self.app.engine.info(), self.rollout, host, port), flush=True)
 
     def _on_signal(self) -> None:
         self._signals += 1
@@ -141,24 +145,3 @@ class _Server(uvicorn.Server):
     async def _drain(self, timeout: float) -> None:
         await self.app.drain(timeout)
         self.should_exit = True
-
-
-def ready_message(app: ServerApp, config: RolloutConfig, listener: socket.socket) -> str:
-    """What a server says when it is ready: the exact flags with which a trainer reaches it."""
-    host, port = listener.getsockname()[:2]
-    everywhere = host in ("0.0.0.0", "::")
-    reach = "127.0.0.1" if everywhere else host
-    info = app.engine.info()
-    flags = f"--model {shlex.quote(config.model)} --vllm_server_host {reach} --vllm_server_port {port}"
-    lines = [
-        f"ready: {config.model} ({info.engine}, {info.torch_dtype}) on {host}:{port}, "
-        f"{info.max_num_seqs} sequences of up to {info.max_model_len} tokens",
-        "train on this machine with:",
-        f"  outrider train {flags} --dataset DATA --reward_funcs REWARD",
-    ]
-    if everywhere:
-        name = socket.gethostname()
-        lines.append(
-            f"from another machine: --vllm_server_host {name}, and OUTRIDER_API_KEY set to the content of {key_file()}"
-        )
-    return "\n".join(lines)

@@ -3,8 +3,10 @@
 import mmap
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from http import HTTPStatus
 from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
@@ -14,9 +16,16 @@ from torch import Tensor
 from outrider.contract.identity import host_identity
 from outrider.contract.manifest import Manifest, Piece, Segment, TensorEntry
 
-#: Connections over which a version is read from another host, and the seconds one piece may take.
+#: Connections over which a version is read from another host.
 HTTP_CONNECTIONS = 4
-PIECE_TIMEOUT = 120.0
+#: Seconds without a byte after which a connection counts as broken, and how often one range is taken up again where
+#: it broke off.
+SILENCE = 120.0
+RESUMPTIONS = 3
+#: Bytes of one range: large tensors travel over several connections.
+RANGE = 64 * 2**20
+#: Threads that compute checksums of a version in shared memory.
+CHECKERS = min(8, os.cpu_count() or 1)
 
 #: Copies ``length`` bytes at ``offset`` of a segment into a buffer.
 Reader = Callable[[int, int, memoryview], None]
@@ -32,11 +41,30 @@ def fetch_tensors(manifest: Manifest, targets: dict[str, Tensor], key: str) -> N
     Every piece is copied first and then checked, so that bytes overwritten by the trainer in between are noticed.
     key: API key for other hosts. Raises FetchError; the targets are then in no defined state.
     """
-    readers = [_reader(segment, key) for segment in manifest.segments]
-    remote = any(not _shares_memory(segment) for segment in manifest.segments)
-    with ThreadPoolExecutor(max_workers=HTTP_CONNECTIONS if remote else 1) as pool:
+    workers = 1 if on_this_host(manifest) else HTTP_CONNECTIONS
+    with ThreadPoolExecutor(workers) as tensors, ThreadPoolExecutor(workers) as ranges:
+        readers = [_reader(segment, key, ranges) for segment in manifest.segments]
         # list() re-raises the first error.
-        list(pool.map(lambda tensor: _fetch_tensor(tensor, targets[tensor.name], readers), manifest.tensors))
+        list(tensors.map(lambda tensor: _fetch_tensor(tensor, targets[tensor.name], readers), manifest.tensors))
+
+
+def on_this_host(manifest: Manifest) -> bool:
+    """Whether every piece lies in memory that this host shares with its publisher."""
+    return all(_shares_memory(segment) for segment in manifest.segments)
+
+
+def check_in_place(manifest: Manifest) -> None:
+    """Verify the pieces where they lie, on this host. Whoever has copied them before then knows that the copies are
+    right: bytes that have been overwritten do not turn back. Raises FetchError."""
+    segments = [_map(segment) for segment in manifest.segments]
+    pieces = [(tensor, piece) for tensor in manifest.tensors for piece in tensor.pieces if piece.length]
+
+    def check(item: tuple[TensorEntry, Piece]) -> None:
+        tensor, piece = item
+        _check(tensor, piece, segments[piece.segment][piece.offset : piece.offset + piece.length])
+
+    with ThreadPoolExecutor(max_workers=CHECKERS) as pool:
+        list(pool.map(check, pieces))
 
 
 def _fetch_tensor(entry: TensorEntry, target: Tensor, readers: list[Reader]) -> None:
@@ -68,20 +96,24 @@ def _shares_memory(segment: Segment) -> bool:
     return segment.host == host_identity() and os.path.exists(segment.path)
 
 
-def _reader(segment: Segment, key: str) -> Reader:
+def _reader(segment: Segment, key: str, ranges: Executor) -> Reader:
     if _shares_memory(segment):
         return _memory_reader(segment)
     if segment.url is None:
         raise FetchError(f"segment {segment.path} is not on this host (any more), and the manifest gives no URL for it")
-    return _http_reader(segment.url, key)
+    return _http_reader(segment.url, key, ranges)
+
+
+def _map(segment: Segment) -> memoryview:
+    try:
+        with open(segment.path, "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), segment.length, access=mmap.ACCESS_READ))
+    except (OSError, ValueError, OverflowError) as error:
+        raise FetchError(f"segment {segment.path}: {error}") from error
 
 
 def _memory_reader(segment: Segment) -> Reader:
-    try:
-        with open(segment.path, "rb") as file:
-            mapped = memoryview(mmap.mmap(file.fileno(), segment.length, access=mmap.ACCESS_READ))
-    except (OSError, ValueError, OverflowError) as error:
-        raise FetchError(f"segment {segment.path}: {error}") from error
+    mapped = _map(segment)
 
     def read(offset: int, length: int, target: memoryview) -> None:
         target[:] = mapped[offset : offset + length]
@@ -89,20 +121,42 @@ def _memory_reader(segment: Segment) -> Reader:
     return read
 
 
-def _http_reader(url: str, key: str) -> Reader:
+def _http_reader(url: str, key: str, ranges: Executor) -> Reader:
     def read(offset: int, length: int, target: memoryview) -> None:
-        headers = {"Authorization": f"Bearer {key}", "Range": f"bytes={offset}-{offset + length - 1}"}
-        received = 0
+        starts = range(0, length, RANGE)
+        if len(starts) == 1:
+            _read_range(url, key, offset, target)
+            return
+        parts = [target[start : start + RANGE] for start in starts]
+        jobs = [
+            ranges.submit(_read_range, url, key, offset + start, part)
+            for start, part in zip(starts, parts, strict=True)
+        ]
+        for job in jobs:
+            job.result()
+
+    return read
+
+
+def _read_range(url: str, key: str, offset: int, target: memoryview) -> None:
+    """Fill ``target`` from ``offset`` on. A connection that breaks off is taken up again where it broke off."""
+    received, problem = 0, "nothing came"
+    for _ in range(1 + RESUMPTIONS):
+        headers = {"Authorization": f"Bearer {key}", "Range": f"bytes={offset + received}-{offset + len(target) - 1}"}
         try:
-            with urlopen(Request(url, headers=headers), timeout=PIECE_TIMEOUT) as answer:
-                while received < length:
+            with urlopen(Request(url, headers=headers), timeout=SILENCE) as answer:
+                if answer.status != HTTPStatus.PARTIAL_CONTENT:
+                    raise FetchError(f"{url}: status {answer.status} instead of a range of bytes")
+                while received < len(target):
                     count = answer.readinto(target[received:])
                     if not count:
                         break
                     received += count
+            problem = "it broke off"
+        except HTTPError as error:  # an answer, and asking again would give the same
+            raise FetchError(f"{url}: {error.code} {error.reason}") from error
         except (OSError, HTTPException, ValueError) as error:  # ValueError: it is no URL
-            raise FetchError(f"{url}: {getattr(error, 'reason', error)}") from error
-        if received != length:
-            raise FetchError(f"{url}: {received} of {length} bytes at offset {offset}")
-
-    return read
+            problem = str(getattr(error, "reason", error))
+        if received == len(target):
+            return
+    raise FetchError(f"{url}: {received} of {len(target)} bytes at offset {offset}: {problem}")

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from outrider.contract.errors import UserError
 from outrider.server.config import RolloutConfig
-from outrider.server.torch_engine.loading import EnginePlan, plan_engine, stop_tokens
+from outrider.server.model_facts import stop_tokens
+from outrider.server.torch_engine.loading import EnginePlan, plan_engine
 
 
 def plan(model: Path, **flags: object) -> EnginePlan:

@@ -11,7 +11,8 @@ from outrider.contract.arrays import pack_ints, unpack_ints
 from outrider.contract.control import Inflight, ServerInfo, WeightStatus
 from outrider.contract.manifest import Manifest
 from outrider.contract.sampling import SamplingParams
-from outrider.server.engine import Conflict, EngineLoad, InvalidRequest, Unavailable
+from outrider.server.engine import Conflict, EngineLoad, Unavailable
+from outrider.server.limits import MAX_STOP_TOKENS, check_request
 from outrider.server.torch_engine.dispatch import choose_replica
 from outrider.server.torch_engine.fleet import Fleet, Replica
 from outrider.server.torch_engine.generation import TorchGeneration
@@ -25,7 +26,6 @@ from outrider.server.torch_engine.messages import (
     Submit,
     Update,
 )
-from outrider.server.torch_engine.slots import MAX_STOP_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -132,34 +132,7 @@ class TorchEngine:
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def check(self, prompt: list[int], sampling: SamplingParams) -> None:
-        limit, vocabulary = self._info.max_model_len, self._info.vocab_size
-        if not prompt:
-            raise InvalidRequest("prompt: it is empty; it needs at least one token", "prompt")
-        if len(prompt) + sampling.max_tokens > limit:
-            raise InvalidRequest(
-                f"prompt of {len(prompt)} tokens + max_tokens {sampling.max_tokens} = "
-                f"{len(prompt) + sampling.max_tokens} exceed this server's limit of {limit} (--max_model_len)",
-                "max_tokens",
-            )
-        if sampling.min_tokens > sampling.max_tokens:
-            raise InvalidRequest(
-                f"min_tokens: must be between 0 and max_tokens, {sampling.max_tokens}; got {sampling.min_tokens}",
-                "min_tokens",
-            )
-        biased = [token for token, _ in sampling.logit_bias]
-        for field, ids in (("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids), ("logit_bias", biased)):
-            low, high = min(ids, default=0), max(ids, default=0)
-            if low < 0 or high >= vocabulary:
-                raise InvalidRequest(
-                    f"{field}: token id {low if low < 0 else high} is outside the vocabulary, 0 to {vocabulary - 1}",
-                    field,
-                )
-        allowed = MAX_STOP_TOKENS - len(self._plan.replicas[0].stop_tokens)
-        if len(sampling.stop_token_ids) > allowed:
-            raise InvalidRequest(
-                f"stop_token_ids: {len(sampling.stop_token_ids)} given, at most {allowed} are possible",
-                "stop_token_ids",
-            )
+        check_request(prompt, sampling, self._info, MAX_STOP_TOKENS - len(self._plan.replicas[0].stop_tokens))
 
     def generate(
         self, prompt: list[int], sampling: SamplingParams, n: int, request_id: str, stream: bool

@@ -1,32 +1,31 @@
 """From a model directory or hub id to the facts of an engine, and to the model of a replica."""
 
-import functools
-import os
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from outrider import __version__
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
-from outrider.contract.identity import SPECIAL_TOKENS, host_identity, model_fingerprint, tokenizer_hash
-from outrider.contract.options import DTypeChoice
 from outrider.server.config import RolloutConfig
+from outrider.server.model_facts import (
+    context_limit,
+    declared_stops,
+    load_config,
+    server_info,
+    serving_dtype,
+    stop_tokens,
+    usable_cores,
+    weight_bytes,
+)
 from outrider.server.torch_engine.attention import ATTENTION_NAME
 from outrider.server.torch_engine.cache import BLOCK, position_bytes, round_positions
 from outrider.server.torch_engine.messages import ReplicaSpec
 
-#: Context of a model that was made for more, unless --max_model_len says otherwise.
-DEFAULT_CONTEXT = 4096
+#: Tokens of one engine step of all replicas, unless --max_num_batched_tokens says otherwise.
+STEP_TOKENS = 2048
 #: Share of --kv_cache_gib that keeps the keys and values of ended sequences.
 PREFIX_SHARE = 0.2
 #: On the CPU, models of up to so many bytes of weights are served by one single-threaded replica a core: their matrix
@@ -45,11 +44,8 @@ class EnginePlan:
 
 def plan_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> EnginePlan:
     """Work out everything that can be known before a model is loaded. Raises UserError for what the user can mend."""
-    try:
-        model_config = AutoConfig.from_pretrained(config.model)
-        declared = _declared_stops(config.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {config.model}: cannot be loaded: {error}") from error
+    model_config = load_config(config.model)
+    declared = declared_stops(config.model)
     text_config = model_config.get_text_config()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = serving_dtype(config.torch_dtype, device)
@@ -66,27 +62,22 @@ def plan_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> En
             threads=replica_threads(config, count) if device == "cpu" else 0,
             max_model_len=limit,
             max_num_seqs=slots,
-            max_num_batched_tokens=max(config.max_num_batched_tokens // count, slots + 16),
+            max_num_batched_tokens=max((config.max_num_batched_tokens or STEP_TOKENS) // count, slots + 16),
             cache_positions=positions,
             prefix_blocks=blocks if config.enable_prefix_caching else 0,
             stop_tokens=tuple(sorted(stop_tokens(declared, tokenizer.eos_token_id))),
         )
         for index in range(count)
     )
-    info = ServerInfo(
+    info = server_info(
+        config,
+        model_config,
+        tokenizer,
         engine="torch",
         engine_version=__version__,
-        model=config.model,
-        model_fingerprint=model_fingerprint(model_config.to_dict()),
-        tokenizer_hash=hash_of(tokenizer),
         torch_dtype=str(dtype).removeprefix("torch."),
         max_model_len=limit,
         max_num_seqs=slots * count,
-        vocab_size=text_config.vocab_size,
-        version=0,
-        run_id="",
-        host=host_identity(),
-        capabilities=("inflight_keep", "inflight_recompute", "inflight_wait", "weights_shared_memory", "weights_http"),
     )
     return EnginePlan(info, dtype, replicas)
 
@@ -100,30 +91,6 @@ def load_model(spec: ReplicaSpec) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"--model {spec.model}: cannot be loaded: {error}") from error
     return model.to(torch.device(spec.device)).eval().requires_grad_(False)  # type: ignore[arg-type]
-
-
-def serving_dtype(choice: DTypeChoice, device: str) -> torch.dtype:
-    """``auto`` is bfloat16 where the processor multiplies matrices of it (CUDA, CPUs with AMX), else float32: without
-    such units bfloat16 takes twice as long as float32 (measured on AVX-512)."""
-    if choice == "auto":
-        return torch.bfloat16 if device == "cuda" or has_bfloat16_units() else torch.float32
-    return getattr(torch, choice)
-
-
-@functools.cache
-def has_bfloat16_units() -> bool:
-    """Whether this CPU has matrix units for bfloat16."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-def context_limit(config: RolloutConfig, model_config: PreTrainedConfig) -> int:
-    """Tokens of the longest sequence. Raises UserError for more than the model was made for."""
-    made_for = getattr(model_config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    if config.max_model_len is None:
-        return min(made_for, DEFAULT_CONTEXT)
-    if config.max_model_len > made_for:
-        raise UserError(f"--max_model_len {config.max_model_len}: the model was made for at most {made_for} tokens")
-    return config.max_model_len
 
 
 def replica_count(config: RolloutConfig, model_config: PreTrainedConfig, dtype: torch.dtype, device: str) -> int:
@@ -147,13 +114,6 @@ def replica_threads(config: RolloutConfig, count: int) -> int:
     return max(1, (config.threads or usable_cores()) // count)
 
 
-def weight_bytes(model_config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Roughly, from the dimensions of a dense decoder."""
-    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
-    inner = getattr(model_config, "intermediate_size", 4 * hidden)
-    return int((layers * (4 * hidden**2 + 3 * hidden * inner) + 2 * model_config.vocab_size * hidden) * dtype.itemsize)
-
-
 def cache_size(
     config: RolloutConfig, model_config: PreTrainedConfig, limit: int, dtype: torch.dtype, count: int
 ) -> tuple[int, int]:
@@ -173,29 +133,3 @@ def cache_size(
         )
     positions = min(positions, most)
     return positions, min(int(budget * share // (each * BLOCK)), 2 * positions // BLOCK)
-
-
-def stop_tokens(*declared: int | list[int] | None) -> set[int]:
-    """End-of-text tokens that generation configuration and tokenizer declare."""
-    stops: set[int] = set()
-    for item in declared:
-        stops.update(item if isinstance(item, list) else [] if item is None else [item])
-    return stops
-
-
-def _declared_stops(model: str) -> int | list[int] | None:
-    try:
-        return GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # a model without one; its configuration may name a token
-        return getattr(AutoConfig.from_pretrained(model), "eos_token_id", None)
-
-
-def hash_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """See :func:`outrider.contract.identity.tokenizer_hash`."""
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL_TOKENS}
-    return tokenizer_hash(tokenizer.get_vocab(), special)
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))

@@ -6,12 +6,10 @@ sequence leaves, another one moves into its slot.
 
 import numpy as np
 
+from outrider.server.limits import MAX_STOP_TOKENS
 from outrider.server.torch_engine.cache import SlotCache
 from outrider.server.torch_engine.sampler import SamplingRows
 from outrider.server.torch_engine.sequence import Sequence
-
-#: Stop tokens kept per slot; a request with more is refused.
-MAX_STOP_TOKENS = 16
 
 
 class Slots:

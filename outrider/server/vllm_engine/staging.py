@@ -1,0 +1,171 @@
+"""A second set of weights in a vLLM worker: loaded while the first one generates, and swapped in between two steps.
+
+The shadow is another instance of the worker's own model class, with parameters as they are after sharding and fusing:
+its ``load_weights`` takes Hugging Face's names and copies this rank's shard and nothing else. So a worker needs memory
+for one more copy of its own shard, not of the model, and a commit has nothing left to compute.
+"""
+
+import copy
+import mmap
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from outrider.server.vllm_engine.messages import Part, TensorSource
+
+#: Files of published weights that stay mapped: a trainer writes into two of them by turns.
+_MAPPED = 4
+
+
+class Unsupported(Exception):
+    """This model cannot take weights while it runs."""
+
+
+class Shadow:
+    """The second set of a worker's weights. host: it is kept in host memory, for a GPU that has no room for it."""
+
+    def __init__(self, worker: Any, host: bool) -> None:
+        self.live: nn.Module = worker.model_runner.get_model()
+        self.device = torch.device(worker.device)
+        on_cpu = self.device.type == "cpu"
+        self.model: Any = _another_instance(worker.vllm_config, torch.device("cpu") if host else self.device)
+        self._sources = Sources(pinned=not on_cpu)
+        self._names = {name for name, _ in self.model.named_parameters()}
+        if host and not on_cpu:
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.pin_memory()
+        self._stream = None if on_cpu else torch.cuda.Stream(self.device)
+        self.swap: _Copies | _Modules = _Modules(self.live, self.model) if on_cpu else _Copies(self.live, self.model)
+
+    def load(self, tensors: tuple[TensorSource, ...]) -> None:
+        """Fill the shadow, on any thread but that of the engine's steps. Raises Unsupported, OSError."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            loaded = self.model.load_weights((source.name, self._sources.tensor(source)) for source in tensors)
+            self.swap.prepare()
+        if self._stream is not None:
+            self._stream.synchronize()
+        missing = self._names - set(loaded) if loaded is not None else set()
+        if missing:
+            raise Unsupported(f"the published tensors do not reach {sorted(missing)[:3]} of vLLM's model")
+
+    def commit(self) -> None:
+        """Put the shadow in force. On the thread of the engine's steps, between two of them."""
+        with torch.inference_mode():
+            self.swap.commit()
+
+
+def _another_instance(config: Any, device: torch.device) -> nn.Module:
+    """The model once more, with weights of its own and without a place in the worker's forward context."""
+    from vllm.config import CompilationMode
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    config = copy.copy(config)
+    config.compilation_config = compilation = copy.copy(config.compilation_config)
+    # Attention layers enter themselves there under their names, which the model in use has taken.
+    compilation.static_forward_context = {}
+    compilation.static_all_moe_layers = []
+    compilation.mode = CompilationMode.NONE
+    with set_default_torch_dtype(config.model_config.dtype), device:
+        return initialize_model(vllm_config=config, model_config=config.model_config).requires_grad_(False)
+
+
+class _Copies:
+    """On a GPU a commit copies, at the memory's speed: recorded graphs hold on to the addresses of the weights."""
+
+    def __init__(self, live: nn.Module, shadow: nn.Module) -> None:
+        targets, sources = dict(live.named_parameters()), dict(shadow.named_parameters())
+        for name in targets.keys() | sources.keys():
+            there, here = targets.get(name), sources.get(name)
+            if there is None or here is None or (there.shape, there.dtype) != (here.shape, here.dtype):
+                raise Unsupported(
+                    f"vLLM keeps {name!r} in another form than it loads it (is it quantized, or a mixture of experts?)"
+                )
+        self.targets = [targets[name].data for name in targets]
+        self.sources = [sources[name].data for name in targets]
+
+    def prepare(self) -> None:
+        """There is nothing more to do than to load."""
+
+    def commit(self) -> None:
+        """Takes effect in the order of the stream in which the steps run."""
+        torch._foreach_copy_(self.targets, self.sources, non_blocking=True)
+
+
+class _Modules:
+    """On a CPU vLLM packs the weights of linear layers for their kernels, and modules keep what they packed. So new
+    ones are packed into copies of the modules, and a commit exchanges what the modules keep."""
+
+    def __init__(self, live: nn.Module, shadow: nn.Module) -> None:
+        modules = dict(live.named_modules())
+        self._pairs = [(modules[name], module) for name, module in shadow.named_modules() if module._parameters]
+        self._prepared: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def prepare(self) -> None:
+        """Pack what has been loaded."""
+        clones: dict[int, nn.Parameter] = {}  # parameters that two modules share go on being shared
+        self._prepared = []
+        for live, loaded in self._pairs:
+            module = copy.copy(loaded)
+            module._parameters = {
+                name: None if parameter is None else clones.setdefault(id(parameter), _clone(parameter))
+                for name, parameter in loaded._parameters.items()
+            }
+            method = getattr(module, "quant_method", None)
+            if method is not None and hasattr(method, "process_weights_after_loading"):
+                method.process_weights_after_loading(module)
+            news = {key: value for key, value in vars(module).items() if vars(loaded).get(key) is not value}
+            self._prepared.append((live, news))
+
+    def commit(self) -> None:
+        """A matter of some dictionaries."""
+        for live, news in self._prepared:
+            vars(live).update(news)
+        self._prepared = []
+
+
+def _clone(parameter: nn.Parameter) -> nn.Parameter:
+    clone = nn.Parameter(parameter.data.clone(), requires_grad=False)
+    vars(clone).update(vars(parameter))
+    return clone
+
+
+class Sources:
+    """Published bytes as tensors, mapped from the files in which they lie. pinned: for copies to a GPU."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._files: dict[tuple[str, int, int], Tensor] = {}
+
+    def tensor(self, source: TensorSource) -> Tensor:
+        """A view of the bytes; a copy where they lie in several places. Raises OSError."""
+        parts = [self._bytes(part) for part in source.parts if part.length]
+        dtype: torch.dtype = getattr(torch, source.dtype)
+        if not parts:
+            return torch.empty(source.shape, dtype=dtype)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(dtype).view(source.shape)
+
+    def _bytes(self, part: Part) -> Tensor:
+        status = os.stat(part.path)
+        key = (part.path, status.st_ino, status.st_size)
+        if key not in self._files:
+            while len(self._files) >= _MAPPED:
+                self._forget(next(iter(self._files)))
+            self._files[key] = self._map(part.path)
+        return self._files[key][part.offset : part.offset + part.length]
+
+    def _map(self, path: str) -> Tensor:
+        with open(path, "r+b") as file:
+            whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+        if self._pinned:
+            problem = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
+            if int(problem) != 0:  # copies then go through a buffer of the driver's, more slowly
+                self._pinned = False
+        return whole
+
+    def _forget(self, key: tuple[str, int, int]) -> None:
+        whole = self._files.pop(key)
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())

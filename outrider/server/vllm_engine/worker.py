@@ -1,0 +1,115 @@
+"""The extension of vLLM's workers: prepare, stage, commit. Mixed into the worker class by ``--worker-extension-cls``.
+
+Every method returns at once or after a commit, so that steps go on; what came of it is in the worker's report.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.server.vllm_engine.differences import engine_index, sampled_tokens
+from outrider.server.vllm_engine.messages import CommitReport, Report, StageOrder, read_order, write_report
+from outrider.server.vllm_engine.staging import Shadow
+
+
+class OutriderWorker:
+    """Methods that the front calls by collective RPC. Their names and attributes all begin alike: they live in vLLM's
+    own class."""
+
+    def outrider_prepare(self, number: int, directory: str, host: bool) -> None:
+        """Make room for a second set of weights. host: in host memory. Called before there are requests."""
+        self._outrider = _Member(self, Path(directory), host)
+        engine, rank = self._outrider.who
+        self._outrider.report("prepare", Report(number=number, engine=engine, rank=rank), self._outrider.make_shadow)
+
+    def outrider_stage(self, path: str) -> None:
+        """Begin to copy the version of the order in ``path``."""
+        self._outrider.stage(read_order(Path(path)))
+
+    def outrider_commit(self, number: int, version: int) -> None:
+        """Switch to the staged version."""
+        self._outrider.commit(number, version)
+
+
+class _Member:
+    """What a worker keeps between the calls."""
+
+    def __init__(self, worker: Any, directory: Path, host: bool) -> None:
+        self.worker, self.directory, self.host = worker, directory, host
+        self.shadow: Shadow | None = None
+        self.staged: int | None = None
+
+    @property
+    def who(self) -> tuple[int, int]:
+        """Engine and rank."""
+        return engine_index(self.worker), self.worker.rank
+
+    def make_shadow(self) -> None:
+        self.shadow = Shadow(self.worker, self.host)
+
+    def stage(self, order: StageOrder) -> None:
+        self.staged = None
+        engine, rank = self.who
+        report = Report(number=order.number, engine=engine, rank=rank)
+        threading.Thread(
+            target=self.report, args=("stage", report, lambda: self._load(order)), name="outrider-stage", daemon=True
+        ).start()
+
+    def commit(self, number: int, version: int) -> None:
+        engine, rank = self.who
+        report = CommitReport(number=number, engine=engine, rank=rank)
+        progress = sampled_tokens(self.worker.model_runner) if self.worker.rank == 0 else None
+        report.began, report.progress = time.monotonic(), progress
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
+
+        def switch() -> None:
+            if self.shadow is None or self.staged != version:
+                raise RuntimeError(f"version {version} is to be committed, {self.staged} is staged")
+            for mark in marks[:1]:
+                mark.record()
+            self.staged = None
+            self.shadow.commit()
+            for mark in marks[1:]:
+                mark.record()
+
+        if not marks:
+            self.report("commit", report, switch)
+            return
+        # Only queued so far: the report has to wait for the GPU, the next step need not.
+        error = self.attempt(switch)
+        threading.Thread(target=self._finish, args=(report, marks, error), name="outrider-commit", daemon=True).start()
+
+    def _finish(self, report: CommitReport, marks: list[torch.cuda.Event], error: str | None) -> None:
+        torch.cuda.set_device(self.worker.device)
+        report.error = error
+        if error is None:
+            marks[1].synchronize()
+            report.seconds = marks[0].elapsed_time(marks[1]) / 1000
+        write_report(self.directory, "commit", report)
+
+    def _load(self, order: StageOrder) -> None:
+        if self.worker.device.type == "cuda":
+            torch.cuda.set_device(self.worker.device)
+        assert self.shadow is not None
+        self.shadow.load(order.tensors)
+        self.staged = order.version
+
+    def report(self, kind: str, report: Report, task: Callable[[], None]) -> None:
+        """Do it, and say what came of it."""
+        started = time.monotonic()
+        report.error = self.attempt(task)
+        report.seconds = time.monotonic() - started
+        write_report(self.directory, kind, report)
+
+    @staticmethod
+    def attempt(task: Callable[[], None]) -> str | None:
+        """Why it failed, or None."""
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001 - whoever gave the order must hear it, and vLLM must not end of it
+            return f"{type(error).__name__}: {error}"
+        return None

@@ -1,0 +1,56 @@
+"""Host memory that holds a version of the weights for other processes of this machine."""
+
+import mmap
+import os
+import tempfile
+
+import torch
+from torch import Tensor
+
+#: Tensors begin at multiples of this, bytes.
+_ALIGNMENT = 64
+
+
+class HostBuffer:
+    """Memory that other processes of this machine open by its path; gone with the last of them."""
+
+    def __init__(self, length: int) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("outrider-weights")
+            self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+        else:
+            self._file, self.path = tempfile.mkstemp(prefix="outrider-weights-")
+        os.ftruncate(self._file, length)
+        self.length = length
+        self.memory = mmap.mmap(self._file, length)
+
+    def close(self) -> None:
+        """Let go of it. A replica that has it open keeps it until it is through."""
+        if not self.path.startswith("/proc/"):
+            os.unlink(self.path)
+        os.close(self._file)
+
+
+class BufferLayout:
+    """Where each tensor lies in a buffer. offsets: bytes, by name; length: of the whole."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.shapes, self.dtype = shapes, dtype
+        self.offsets: dict[str, int] = {}
+        self.length = 0
+        for name in shapes:
+            self.offsets[name] = self.length
+            size = self.nbytes(name)
+            self.length += size + -size % _ALIGNMENT
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of one tensor."""
+        return torch.Size(self.shapes[name]).numel() * self.dtype.itemsize
+
+    def tensors(self, buffer: HostBuffer) -> dict[str, Tensor]:
+        """Views of ``buffer``, by name."""
+        whole = torch.frombuffer(buffer.memory, dtype=torch.uint8)
+        return {
+            name: whole[offset : offset + self.nbytes(name)].view(self.dtype).view(self.shapes[name])
+            for name, offset in self.offsets.items()
+        }
