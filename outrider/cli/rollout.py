@@ -9,7 +9,7 @@ from outrider.cli.flags import FlagSet, Parsed, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS
 from outrider.contract.errors import UserError
 from outrider.server.config import EngineChoice, RolloutConfig
-from outrider.server.vllm_engine.command import check_installed, vllm_command, vllm_version
+from outrider.server.vllm_engine.command import check_installed, engines_per_device, vllm_command, vllm_version
 
 ROLLOUT = FlagSet(
     "outrider rollout",
@@ -75,4 +75,7 @@ def _dry_command(config: RolloutConfig) -> str:
     from outrider.server.vllm_engine.launcher import describe_command, visible_gpus
 
     check_installed()
-    return describe_command(vllm_command(config, config.port, "", "DIRECTORY", visible_gpus()))
+    gpus = visible_gpus()
+    count = engines_per_device(config, gpus)
+    described = describe_command(vllm_command(config, config.host, config.port, "", "DIRECTORY", gpus, count))
+    return described if count == 1 else f"{count} servers like this one, on ports of their own\n{described}"

@@ -91,6 +91,11 @@ class RolloutConfig(Section):
         option("vllm: where the next weights wait for their commit: device, beside those in use, or host, in pinned "
                "memory, which makes room for cache and the commit slower"),
     ] = "device"  # fmt: skip
+    engines_per_device: Annotated[
+        PositiveInt | None,
+        option("vllm: servers that share the devices, each with its own copy of the weights (default: 2 for models of "
+               "up to 2.5 GiB on GPUs, else 1)"),
+    ] = None  # fmt: skip
     enforce_eager: Annotated[
         bool | None,
         option("vllm: no compilation and no CUDA graphs (default: on a CPU true, on GPUs false)",

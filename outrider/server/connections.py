@@ -4,6 +4,8 @@ import asyncio
 from typing import Any, ClassVar, Literal
 
 import msgspec
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from outrider.contract.errors import ErrorBody, ErrorDetail
@@ -108,3 +110,18 @@ def protocol(head_deadline: float, body_deadline: float) -> type[PatientProtocol
     """A :class:`PatientProtocol` with other deadlines, in seconds."""
     settings: dict[str, Any] = {"head_deadline": head_deadline, "body_deadline": body_deadline}
     return type("PatientProtocol", (PatientProtocol,), settings)
+
+
+def http_settings(app: ASGIApp) -> uvicorn.Config:
+    """How a server of this project serves ``app``."""
+    return uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        # Whatever else is installed: the key and the deadlines are those of plain HTTP.
+        ws="none",
+        loop="uvloop",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=120,
+    )

@@ -16,7 +16,7 @@ from outrider.contract.threads import yield_idle_threads
 from outrider.server.app import ServerApp
 from outrider.server.auth import server_key
 from outrider.server.config import RolloutConfig
-from outrider.server.connections import PatientProtocol
+from outrider.server.connections import http_settings
 from outrider.server.engine import Unavailable
 from outrider.server.ready import ready_message
 from outrider.server.torch_engine.forking import prepare
@@ -46,18 +46,7 @@ def serve(config: RolloutConfig) -> int:
     plan = plan_engine(config, text.tokenizer)
     engine = TorchEngine(plan, seed=config.seed, key=key)
     app = ServerApp(engine, text, config.model)
-    settings = uvicorn.Config(
-        app.asgi(key),
-        http=PatientProtocol,
-        # Whatever else is installed: the key and the deadlines are those of plain HTTP.
-        ws="none",
-        loop="uvloop",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=120,
-    )
-    server = _Server(settings, app, config, listener)
+    server = _Server(http_settings(app.asgi(key)), app, config, listener)
     try:
         server.run(sockets=[listener])
     finally:

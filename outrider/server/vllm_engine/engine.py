@@ -65,6 +65,7 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._orders = itertools.count(1)
         self._generations: set[VllmGeneration] = set()
+        self._aborting: set[asyncio.Task[None]] = set()
         self._waiting: deque[tuple[Choice, asyncio.Future[bool]]] = deque()
         self._admitted: set[Choice] = set()
         #: Sequences on each engine, and the engine on which a prompt was seen last.
@@ -92,6 +93,22 @@ class VllmEngine:
                 raise UserError(
                     f"--model {self._info.model}: no room for new weights beside those in use: {report.error}"
                 )
+        await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        """A request to every engine: what it cannot do it says now, and nobody waits for what is made on first use."""
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True, seed=0)
+        warming = [Choice([0], sampling, index, "outrider-warm", 0) for index in range(self._settings.engines)]
+
+        async def complete(choice: Choice) -> None:
+            choice.engine = choice.index
+            async for _ in self.stream(choice, False):
+                pass
+
+        try:
+            await asyncio.gather(*map(complete, warming))
+        except Unavailable as error:
+            raise UserError(f"--model {self._info.model}: it cannot be run: {error}") from error
 
     async def close(self) -> None:
         self._stager.shutdown(wait=False, cancel_futures=True)
@@ -244,19 +261,25 @@ class VllmEngine:
         params = vllm_params(choice.sampling, seed=seed, stops=stops, kept=kept, stream=by_token)
         prompt = tokens_input(choice.prompt + choice.done, cache_salt=f"{self.status().run_id}:{choice.version}")
         rank = choice.engine if self._settings.engines > 1 else None
-        alternatives = choice.sampling.alternatives
+        alternatives, ended = choice.sampling.alternatives, False
         try:
             outputs = self._client.generate(prompt, params, choice.request_id, data_parallel_rank=rank)
             async for output in outputs:
                 [completion] = output.outputs
                 tokens = tokens_of(completion, alternatives)
                 self._generated += len(tokens.ids)
-                reason = completion.finish_reason if output.finished else None
+                ended, reason = output.finished, completion.finish_reason if output.finished else None
                 if reason not in (None, "stop", "length", "abort"):
                     raise Unavailable(f"vLLM ended the request with {reason!r}")
                 yield tokens, cast(FinishReason | None, reason)
         except (EngineDeadError, EngineGenerateError) as error:
             raise Unavailable(f"vLLM's engine has stopped ({type(error).__name__}); its log says why") from error
+        finally:
+            # vLLM forgets to end a request whose caller is cancelled while it is being submitted.
+            if not ended and not self._client.errored:
+                aborting = asyncio.create_task(self._client.abort(choice.request_id))
+                self._aborting.add(aborting)
+                aborting.add_done_callback(self._aborting.discard)
 
     # ---- weights -----------------------------------------------------------------------------------------------
 
@@ -307,6 +330,8 @@ class VllmEngine:
                 raise self._broken(f"version {version}: engine {report.engine}, rank {report.rank}: {report.error}")
         status = self._weights.committed(run_id, version, max(report.seconds for report in reports))
         progress = {external_id(id): count for report in reports for id, count in (report.progress or {}).items()}
+        if any(report.cleared for report in reports):
+            inflight, progress = "recompute", {}
         steps = (time.monotonic() - min(report.began for report in reports)) / SHORTEST_STEP
         for choice in self._admitted:
             self._settle(choice, progress.get(choice.request_id, 0), version, inflight, steps)

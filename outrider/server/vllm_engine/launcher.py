@@ -1,5 +1,7 @@
 """Starts vLLM's server, hands on what it logs, says when it is ready, and ends it."""
 
+import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -17,14 +19,18 @@ from http import HTTPStatus
 from urllib.request import Request, urlopen
 
 import msgspec
+import uvicorn
+import uvloop
 
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.lifetime import die_with_parent
 from outrider.server.config import RolloutConfig
+from outrider.server.connections import http_settings
 from outrider.server.ready import ready_message
-from outrider.server.vllm_engine.command import VllmCommand, check_installed, vllm_command
+from outrider.server.vllm_engine.command import VllmCommand, check_installed, engines_per_device, vllm_command
+from outrider.server.vllm_engine.router import Backend, Router
 from outrider.weights.segments import segment_directory
 
 log = logging.getLogger(__name__)
@@ -45,20 +51,39 @@ def visible_gpus() -> list[int]:
 
 
 def serve_vllm(config: RolloutConfig, listener: socket.socket, key: str) -> int:
-    """Run vLLM's server until it is told to stop. Returns the exit status. listener: holds the port until vLLM takes
-    it over. Raises UserError."""
+    """Run vLLM's server, or several behind a router, until it is told to stop. Returns the exit status. listener:
+    holds the port until vLLM takes it over, or serves the router. Raises UserError."""
     warning = check_installed()
     if warning:
         log.warning("%s", warning)
-    directory = tempfile.mkdtemp(prefix="outrider-vllm-", dir=segment_directory())
+    host, port = listener.getsockname()[:2]
+    gpus = visible_gpus()
+    count = engines_per_device(config, gpus)
+    places = [(host, port)] if count == 1 else [("127.0.0.1", _free_port()) for _ in range(count)]
+    directories = [tempfile.mkdtemp(prefix="outrider-vllm-", dir=segment_directory()) for _ in places]
+    children: list[_Child] = []
     try:
-        host, port = listener.getsockname()[:2]
-        command = vllm_command(config, port, key, directory, visible_gpus())
-        listener.close()
-        return _Server(config, command, host, port, key).run()
+        if count == 1:
+            listener.close()
+        for (at, where), directory in zip(places, directories, strict=True):
+            command = vllm_command(config, at, where, key, directory, gpus, count)
+            children.append(_Child(config, command, at, where, key))
+        launch = _Launch(config, children)
+        if count == 1:
+            return launch.run(host, port)
+        return launch.run_behind(Router([Backend(where) for _, where in places], key), listener)
     finally:
+        for child in children:
+            child.kill()
         listener.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def describe_command(command: VllmCommand) -> str:
@@ -68,19 +93,16 @@ def describe_command(command: VllmCommand) -> str:
     return f"environment\n{environment}\n\ncommand\n    {shlex.join(command.arguments)}"
 
 
-class _Server:
-    """The child process: its log, its end, and whether it answers."""
+class _Child:
+    """One vLLM server: its log, whether it answers, and its end."""
 
     def __init__(self, config: RolloutConfig, command: VllmCommand, host: str, port: int, key: str) -> None:
-        self.config, self.command, self.host, self.port, self.key = config, command, host, port, key
+        self.config, self.host, self.port, self.key = config, host, port, key
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.told_to_stop = False
-
-    def run(self) -> int:
-        """Raises UserError when it does not get as far as to answer."""
-        child = subprocess.Popen(
-            self.command.arguments,
-            env={**os.environ, **self.command.environment},
+        self.process = subprocess.Popen(
+            command.arguments,
+            env={**os.environ, **command.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,41 +110,15 @@ class _Server:
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop(child))
-        reader = threading.Thread(target=self._hand_on, args=(child,), daemon=True)
-        reader.start()
-        info = self._wait_until_ready(child)
-        if info is not None:
-            print(ready_message(info, self.config, self.host, self.port), flush=True)
-        status = child.wait()
-        reader.join(_PATIENCE)
-        if self.told_to_stop:
-            return 0
-        if info is None:
-            raise UserError(f"--engine vllm: its server did not start: {root_cause(self.lines)}")
-        log.error("vLLM's server has ended with status %d: %s", status, root_cause(self.lines))
-        return 1
+        self._reader = threading.Thread(target=self._hand_on, daemon=True)
+        self._reader.start()
 
-    def _stop(self, child: subprocess.Popen[bytes]) -> None:
-        self.told_to_stop = True
-        child.send_signal(signal.SIGTERM)
-
-    def _hand_on(self, child: subprocess.Popen[bytes]) -> None:
-        assert child.stdout is not None
-        for line in child.stdout:
-            text = line.decode(errors="replace").rstrip("\n")
-            self.lines.append(text)
-            # What vLLM's libraries say of themselves at the end helps nobody.
-            if not self.told_to_stop or self.config.log_level == "debug":
-                print(text, file=sys.stderr, flush=True)
-
-    def _wait_until_ready(self, child: subprocess.Popen[bytes]) -> ServerInfo | None:
+    def wait_until_ready(self) -> ServerInfo | None:
         """What the server says of itself; None when it has ended before."""
         reach = f"[{self.host}]" if ":" in self.host else self.host
         reach = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(reach, reach)
         request = Request(f"http://{reach}:{self.port}{routes.INFO}", headers={"Authorization": f"Bearer {self.key}"})
-        while child.poll() is None:
+        while self.process.poll() is None:
             try:
                 with urlopen(request, timeout=_PATIENCE) as answer:
                     if answer.status == HTTPStatus.OK:
@@ -131,6 +127,106 @@ class _Server:
                 pass
             time.sleep(_INTERVAL)
         return None
+
+    def stop(self) -> None:
+        """Have it drain and end; a second time, cut off what is running."""
+        self.told_to_stop = True
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        if self.process.poll() is None:
+            self.told_to_stop = True
+            self.process.kill()
+            self.process.wait()
+
+    def wait(self) -> int:
+        """Its exit status, when all of its log has been handed on."""
+        status = self.process.wait()
+        self._reader.join(_PATIENCE)
+        return status
+
+    def _hand_on(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            text = line.decode(errors="replace").rstrip("\n")
+            self.lines.append(text)
+            # What vLLM's libraries say of themselves at the end helps nobody.
+            if not self.told_to_stop or self.config.log_level == "debug":
+                print(text, file=sys.stderr, flush=True)
+
+
+class _Launch:
+    """All children together, until they are told to stop or one of them ends."""
+
+    def __init__(self, config: RolloutConfig, children: list[_Child]) -> None:
+        self.config, self.children = config, children
+        self.stopping = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+
+    def stop(self) -> None:
+        self.stopping = True
+        for child in self.children:
+            child.stop()
+
+    def run(self, host: str, port: int) -> int:
+        """With one child that listens on the port itself. Returns the exit status. Raises UserError."""
+        info = self._wait_until_ready()
+        if info is not None:
+            print(ready_message(info, self.config, host, port), flush=True)
+        return self._wait()
+
+    def run_behind(self, router: Router, listener: socket.socket) -> int:
+        """With several children behind ``router``. Returns the exit status. Raises UserError."""
+        info = self._wait_until_ready()
+        if info is None:
+            return self._wait()
+        info.max_num_seqs *= len(self.children)
+        host, port = listener.getsockname()[:2]
+        server = uvicorn.Server(http_settings(router.asgi()))
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+
+        async def serve() -> None:
+            await router.start()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            serving = loop.create_task(server.serve(sockets=[listener]))
+            print(ready_message(info, self.config, host, port), flush=True)
+            while any(child.process.poll() is None for child in self.children) and not self._lost():
+                await asyncio.sleep(_INTERVAL)
+            server.should_exit = True
+            await serving
+            await router.close()
+
+        uvloop.run(serve())
+        return self._wait()
+
+    def _lost(self) -> bool:
+        """Whether a child has ended that was not told to."""
+        return not self.stopping and any(child.process.poll() is not None for child in self.children)
+
+    def _wait_until_ready(self) -> ServerInfo | None:
+        """What the last child says of itself, when all answer. Raises UserError; None when they are to stop."""
+        info = None
+        for child in self.children:
+            info = child.wait_until_ready()
+            if info is None:
+                child.wait()
+                if self.stopping:
+                    return None
+                raise UserError(f"--engine vllm: its server did not start: {root_cause(child.lines)}")
+        return info
+
+    def _wait(self) -> int:
+        while not self._lost() and any(child.process.poll() is None for child in self.children):
+            time.sleep(_INTERVAL)
+        for child in self.children:
+            if not self.stopping and child.process.poll() is not None:
+                status = child.wait()
+                log.error("vLLM's server has ended with status %d: %s", status, root_cause(child.lines))
+        return 0 if self.stopping else 1
 
 
 def root_cause(lines: "deque[str]") -> str:

@@ -56,9 +56,11 @@ class Report(msgspec.Struct, kw_only=True):
 
 class CommitReport(Report, kw_only=True):
     """began: when it began, of ``time.monotonic``. progress: for each request the tokens that had been sampled by
-    then, from the engine's first worker; it lists no requests that had not got so far as to be run."""
+    then, from the engine's first worker; it lists no requests that had not got so far as to be run. cleared: keys and
+    values are gone, those of all requests, since the weights until then were not finite."""
 
     began: float = 0.0
+    cleared: bool = False
     progress: dict[str, int] | None = None
 
 

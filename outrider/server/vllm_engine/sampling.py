@@ -46,7 +46,8 @@ def vllm_params(
     greedy = temperature == 0.0
     return VllmParams(
         max_tokens=sampling.max_tokens - kept,
-        min_tokens=max(sampling.min_tokens - kept, 0),
+        # vLLM would keep the end-of-text token from being drawn even where it ends nothing.
+        min_tokens=max(sampling.min_tokens - kept, 0) if ends else 0,
         temperature=min(temperature, LIMIT),
         top_p=1.0 if greedy else sampling.top_p,
         top_k=0 if greedy else max(sampling.top_k, 0),

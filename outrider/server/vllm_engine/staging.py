@@ -27,7 +27,8 @@ class Shadow:
     """The second set of a worker's weights. host: it is kept in host memory, for a GPU that has no room for it."""
 
     def __init__(self, worker: Any, host: bool) -> None:
-        self.live: nn.Module = worker.model_runner.get_model()
+        self._runner = worker.model_runner
+        self.live: nn.Module = self._runner.get_model()
         self.device = torch.device(worker.device)
         on_cpu = self.device.type == "cpu"
         self.model: Any = _another_instance(worker.vllm_config, torch.device("cpu") if host else self.device)
@@ -36,6 +37,8 @@ class Shadow:
         if host and not on_cpu:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.pin_memory()
+        #: Whether the weights in use, and those that are staged, are finite numbers.
+        self.finite, self._staged_finite = True, True
         self._stream = None if on_cpu else torch.cuda.Stream(self.device)
         self.swap: _Copies | _Modules = _Modules(self.live, self.model) if on_cpu else _Copies(self.live, self.model)
 
@@ -43,6 +46,7 @@ class Shadow:
         """Fill the shadow, on any thread but that of the engine's steps. Raises Unsupported, OSError."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             loaded = self.model.load_weights((source.name, self._sources.tensor(source)) for source in tensors)
+            self._staged_finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
             self.swap.prepare()
         if self._stream is not None:
             self._stream.synchronize()
@@ -50,10 +54,25 @@ class Shadow:
         if missing:
             raise Unsupported(f"the published tensors do not reach {sorted(missing)[:3]} of vLLM's model")
 
-    def commit(self) -> None:
-        """Put the shadow in force. On the thread of the engine's steps, between two of them."""
+    def commit(self) -> bool:
+        """Put the shadow in force. On the thread of the engine's steps, between two of them. Returns whether keys and
+        values have been cleared: what weights that are not finite have left in the cache is not a number, and blocks
+        of it would spoil whatever is written beside it later."""
+        clear = not self.finite
         with torch.inference_mode():
             self.swap.commit()
+            if clear:
+                for cache in self._caches:
+                    cache.zero_()
+        self.finite = self._staged_finite
+        return clear
+
+    @property
+    def _caches(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for cache in self._runner.kv_caches:
+            found += cache if isinstance(cache, list | tuple) else [cache]
+        return found
 
 
 def _another_instance(config: Any, device: torch.device) -> nn.Module:

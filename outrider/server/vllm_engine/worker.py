@@ -72,7 +72,7 @@ class _Member:
             for mark in marks[:1]:
                 mark.record()
             self.staged = None
-            self.shadow.commit()
+            report.cleared = self.shadow.commit()
             for mark in marks[1:]:
                 mark.record()
 

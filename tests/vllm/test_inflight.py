@@ -1,0 +1,70 @@
+"""Weights change while vLLM runs: with the recorded versions and the weights of those versions, every recorded
+log-probability is reproduced by plain forward passes of Transformers."""
+
+import asyncio
+import random
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from outrider.contract import routes
+from outrider.contract.control import Inflight, ServerInfo
+from outrider.contract.generation import CompletionChoice
+from tests.contract.client import Client, figures
+from tests.contract.publishing import publishing
+from tests.server.cores import Choice, reference
+from tests.server.test_inflight import replay
+from tests.vllm.conftest import KEY, StartEndless
+
+pytestmark = pytest.mark.real_vllm
+
+
+def recorded(choice: CompletionChoice) -> Choice:
+    """A completion in the form that the replay reads."""
+    made = Choice()
+    made.tokens, made.logprobs = choice.token_ids or [], figures(choice).token_logprobs
+    made.versions = list(choice.weight_versions or [])
+    return made
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute", "wait"])
+async def test_every_logprob_is_reproduced(
+    start_endless: StartEndless, endless: Callable[[int], Path], policy: Inflight
+) -> None:
+    """Requests of many lengths that share prefixes, some of them streams, more than run at once, over many commits."""
+    models = [reference(endless(0)), reference(endless(1))]
+    server = start_endless()
+    source = random.Random(5)
+    asked: list[tuple[list[int], asyncio.Task[list[CompletionChoice]]]] = []
+    async with Client(server.url, KEY) as client:
+        info = await client.get(routes.INFO, ServerInfo)
+        roots = [[source.randrange(3, 99) for _ in range(40)] for _ in range(3)]
+
+        def ask(count: int) -> None:
+            for _ in range(count):
+                prompt = [*source.choice(roots)[:source.randrange(20, 40)], source.randrange(3, 99)]
+                request = client.choices(prompt=prompt, n=2, max_tokens=source.randrange(20, 160), ignore_eos=True)
+                asked.append((prompt, asyncio.create_task(request)))
+
+        with (
+            publishing(endless(0), info, run := uuid.uuid4().hex[:12]) as even,
+            publishing(endless(1), info, run) as odd,
+        ):
+            ask(6)
+            for version in range(1, 9):
+                await asyncio.sleep(0.05 * source.random())
+                ask(4)
+                manifest = await asyncio.wrap_future((odd if version % 2 else even).publish(version))
+                await client.stage(manifest)
+                await client.commit(manifest, policy)
+            ask(2)
+            done = [(prompt, choice) for prompt, task in asked for choice in await task]
+    by_version = [models[version % 2] for version in range(9)]
+    mixed = again = 0
+    for prompt, choice in done:
+        again += replay(by_version, prompt, recorded(choice), policy)
+        mixed += len(choice.weight_versions or []) > 1
+    assert again == 0
+    assert (mixed == 0) == (policy == "wait")

@@ -1,0 +1,69 @@
+"""Tensor parallel, data parallel, both, and several engines on one device: they start, generate and take new weights,
+and every one of them has them."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from outrider.contract import routes
+from outrider.contract.control import ServerInfo
+from tests.contract.client import Client
+from tests.contract.publishing import publishing
+from tests.vllm.conftest import KEY, StartEndless
+
+pytestmark = pytest.mark.real_vllm
+
+PROMPTS = [[5, 6 + i % 3, 7 + i] for i in range(12)]
+
+
+async def answers(client: Client) -> list[list[int]]:
+    """Greedy tokens of all prompts, asked at once, so that every engine has to answer some of them."""
+    return list(await asyncio.gather(*(client.greedy(prompt, 24) for prompt in PROMPTS)))
+
+
+async def engines_that_worked(client: Client) -> set[str]:
+    """By their labels in vLLM's own metrics."""
+    _, body = await client.ask("GET", routes.METRICS)
+    found = re.findall(r'^vllm:e2e_request_latency_seconds_count\{.*engine="(\d+)".*\} ([\d.e+]+)', body.decode(), re.M)
+    return {engine for engine, count in found if float(count) > 0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "engines"),
+    [
+        (("--tensor_parallel_size", "2"), 1),
+        (("--data_parallel_size", "2"), 2),
+        (("--tensor_parallel_size", "2", "--data_parallel_size", "2"), 2),
+        (("--engines_per_device", "2"), 1),
+    ],
+    ids=["tp", "dp", "tp and dp", "two on a device"],
+)
+async def test_new_weights_are_those_of_a_fresh_server_everywhere(
+    start_endless: StartEndless, endless: Callable[[int], Path], flags: tuple[str, ...], engines: int
+) -> None:
+    """Token for token, on every engine; and the old ones come back as exactly."""
+    async with Client(start_endless(*flags, seed=1).url, KEY) as fresh:
+        expected = await answers(fresh)
+    server = start_endless(*flags, seed=0)
+    async with Client(server.url, KEY) as client:
+        info = await client.get(routes.INFO, ServerInfo)
+        assert info.max_num_seqs == 16
+        before = await answers(client)
+        assert before != expected
+        assert len(await engines_that_worked(client)) == engines
+        running = asyncio.create_task(client.choices(prompt=[9], n=16, max_tokens=300))
+        await client.until_running(16)
+        for seed, version, tokens in ((1, 3, expected), (0, 4, before)):
+            with publishing(endless(seed), info, uuid.uuid4().hex[:12]) as publisher:
+                manifest = await asyncio.wrap_future(publisher.publish(version))
+                assert (await client.stage(manifest)).state == "staged"
+                committed = await client.commit(manifest)
+                assert (committed.version, committed.run_id) == (version, manifest.run_id)
+            assert await answers(client) == tokens
+        for choice in await running:
+            assert next(version for version, _ in choice.weight_versions or []) == 0
+            assert len(choice.token_ids or []) == 300
