@@ -3,8 +3,9 @@ for how long; beside it vLLM's own transfer over NCCL, to the same server, in th
 
     python bench/gpu/weight_sync.py OUT.json [--shape 8B] [--updates 6]
 
-generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap; commit_gpu_ms:
-what of it the copy takes on the GPU. trainer_stall_ms: what publishing costs a training loop whose step takes a second.
+generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
+generation_late_ms: by how much all tokens after it are late; commit_gpu_ms: what the copy takes on the GPU.
+trainer_stall_ms: what publishing costs a training loop whose step takes a second.
 native_*: the same with pause, start, update, finish and resume. stage_share_of_link: of the speed of one pinned copy.
 With a shape of up to 2B also the gap between the sampler's log-probabilities and those of Transformers on the other
 GPU, with the same weights: mean, 99th percentile, largest.
@@ -12,8 +13,10 @@ GPU, with the same weights: mean, 99th percentile, largest.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
+import queue
 import statistics
 import subprocess
 import tempfile
@@ -169,18 +172,24 @@ class Native:
         return thread
 
 
-def stalls(arrivals: list[list[float]], windows: list[tuple[float, float]]) -> tuple[list[float], float]:
-    """For each window the longest gap in a stream, less the usual one, ms: the median over the streams; and that."""
+def stalls(arrivals: list[list[float]], windows: list[tuple[float, float]]) -> tuple[list[float], list[float], float]:
+    """What a client sees of each window, ms, medians over the streams: the longest gap between two tokens, less the
+    usual one of the seconds around; and by how much all later tokens are late. Last, the usual gap."""
     usual = statistics.median(gap for times in arrivals for gap in np.diff(times))
-    found = []
+    gaps, late = [], []
     for start, end in windows:
-        longest = []
+        longest, lost = [], []
         for times in map(np.asarray, arrivals):
-            place = slice(*np.searchsorted(times, (start - 0.1, end + 0.3)))
-            if len(times[place]) > 2:
-                longest.append(np.diff(times[place]).max() - usual)
-        found.append(1000 * statistics.median(longest))
-    return found, 1000 * usual
+            first, last = np.searchsorted(times, (start - 0.1, end + 0.5))
+            around = np.diff(times[max(first - 50, 0) : last + 50])
+            if first < 10 or last + 10 > len(times):
+                continue
+            step = float(np.median(around))
+            longest.append(np.diff(times[first:last]).max() - step)
+            lost.append(times[last] - times[first] - (last - first) * step)
+        gaps.append(1000 * statistics.median(longest))
+        late.append(1000 * statistics.median(lost))
+    return gaps, late, 1000 * usual
 
 
 def link_speed() -> float:
@@ -276,8 +285,9 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
     for _ in range(arguments.updates):
         manifest = training.next()
         status, window = staged_update(side, manifest)
-        print(f"version {status.version}: stage {status.stage_seconds:.3f} s, commit {1000 * status.commit_seconds:.1f} "
-              f"ms on the GPU, {1000 * (window[1] - window[0]):.1f} ms over HTTP", flush=True)  # fmt: skip
+        http, gpu = 1000 * (window[1] - window[0]), 1000 * status.commit_seconds
+        print(f"version {status.version}: stage {status.stage_seconds:.3f} s, commit {gpu:.1f} ms on the GPU, "
+              f"{http:.1f} ms over HTTP", flush=True)  # fmt: skip
         ours.append(window)
         stage_seconds.append(status.stage_seconds)
         commit_gpu.append(1000 * status.commit_seconds)
@@ -286,24 +296,27 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
     native_windows = []
     try:
         native = Native(side, tensors)
-        for _ in range(4):
+        for _ in range(3):
             native_windows.append(native.update())
             print(f"native: {1000 * (native_windows[-1][1] - native_windows[-1][0]):.1f} ms", flush=True)
             time.sleep(1)
     except Exception as error:  # noqa: BLE001 - the other figures are worth having
         print(f"native transfer failed: {type(error).__name__}: {error}", flush=True)
     stop.set()
-    times = [arrivals.get(timeout=30) for _ in range(STREAMS)]
-    load.join(20)
+    times = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            times.append(arrivals.get(timeout=4))
     load.kill()
-    ours_ms, usual = stalls(times, ours)
-    native_ms = stalls(times, native_windows)[0] if native_windows else []
+    ours_ms, ours_late, usual = stalls(times, ours)
+    native_ms, native_late, _ = stalls(times, native_windows) if native_windows else ([], [], 0.0)
     result = {
         "device": torch.cuda.get_device_name(), "shape": arguments.shape, "bytes": publisher.nbytes, "running": RUNNING,
         "vllm": info.engine_version, "torch": torch.__version__, "commit": commit(),
         "token_gap_ms": round(usual, 2),
         "generation_stall_ms": round(statistics.median(ours_ms), 2),
-        "generation_stalls_ms": [round(v, 2) for v in ours_ms],
+        "generation_stalls_ms": [round(value, 2) for value in ours_ms],
+        "generation_late_ms": round(statistics.median(ours_late), 2),
         "commit_gpu_ms": round(statistics.median(commit_gpu), 2),
         "commit_http_ms": round(statistics.median(commit_rpc), 2),
         "trainer_stall_ms": round(1000 * statistics.median(training.stalls), 2),
@@ -315,7 +328,13 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
         "native_stall_ms": round(statistics.median(native_ms), 2) if native_ms else None,
     }  # fmt: skip
     if native_windows:
+        result["native_late_ms"] = round(statistics.median(native_late), 2)
         result["native_trainer_ms"] = round(1000 * statistics.median(end - begin for begin, end in native_windows), 2)
+    print(
+        "log of the server:",
+        *[line for line in side.log.read_text(errors="replace").splitlines() if " staged: " in line],
+        sep="\n",
+    )
     if publisher.nbytes < 5e9:
         result |= gap(side, model, tensors)
     publisher.close()

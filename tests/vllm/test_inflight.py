@@ -44,13 +44,13 @@ async def test_every_logprob_is_reproduced(
 
         def ask(count: int) -> None:
             for _ in range(count):
-                prompt = [*source.choice(roots)[:source.randrange(20, 40)], source.randrange(3, 99)]
+                prompt = [*source.choice(roots)[: source.randrange(20, 40)], source.randrange(3, 99)]
                 request = client.choices(prompt=prompt, n=2, max_tokens=source.randrange(20, 160), ignore_eos=True)
                 asked.append((prompt, asyncio.create_task(request)))
 
         with (
-            publishing(endless(0), info, run := uuid.uuid4().hex[:12]) as even,
-            publishing(endless(1), info, run) as odd,
+            publishing(endless(0), info, uuid.uuid4().hex[:12]) as even,
+            publishing(endless(1), info, uuid.uuid4().hex[:12]) as odd,
         ):
             ask(6)
             for version in range(1, 9):

@@ -298,7 +298,14 @@ class VllmEngine:
                 if report.error is not None:
                     reason = Conflict(f"engine {report.engine}, rank {report.rank}: {report.error}")
                     raise Conflict(weights.refuse(manifest, reason))
+            copied = time.monotonic()
             await loop.run_in_executor(self._stager, weights.verify, manifest)
+            log.info(
+                "version %d staged: copied in %.2f s by the slowest worker, verified in %.2f s",
+                manifest.version,
+                max(report.seconds for report in reports),
+                time.monotonic() - copied,
+            )
             return weights.staged(manifest)
 
     async def commit(self, run_id: str, version: int, inflight: Inflight) -> WeightStatus:
@@ -311,14 +318,18 @@ class VllmEngine:
                     while self._admitted and not self.failure():
                         await asyncio.sleep(0.005)
                 self._settled.clear()
-                return await self._switch(run_id, version, inflight)
+                number = next(self._orders)
+                await self._switch(number, run_id, version, inflight)
             finally:
                 self._closed = False
                 self._settled.set()
                 self._dispatch()
+            # Nobody waits for this any more but whoever has asked.
+            switched = await self._reports("switched", number, COMMIT_DEADLINE, Report)
+            return self._weights.committed(run_id, version, max(report.seconds for report in switched))
 
-    async def _switch(self, run_id: str, version: int, inflight: Inflight) -> WeightStatus:
-        number = next(self._orders)
+    async def _switch(self, number: int, run_id: str, version: int, inflight: Inflight) -> None:
+        """Have all workers switch, and settle what that means for the requests in flight."""
         try:
             async with asyncio.timeout(COMMIT_DEADLINE):
                 await self._client.collective_rpc("outrider_commit", args=(number, version))
@@ -328,7 +339,7 @@ class VllmEngine:
         for report in reports:
             if report.error is not None:
                 raise self._broken(f"version {version}: engine {report.engine}, rank {report.rank}: {report.error}")
-        status = self._weights.committed(run_id, version, max(report.seconds for report in reports))
+        self._weights.committed(run_id, version, self.status().commit_seconds)
         progress = {external_id(id): count for report in reports for id, count in (report.progress or {}).items()}
         if any(report.cleared for report in reports):
             inflight, progress = "recompute", {}
@@ -338,7 +349,6 @@ class VllmEngine:
         anew = [choice.request_id for choice in self._admitted if choice.restart is not None and not choice.ended]
         if anew:
             await self._client.abort(anew)
-        return status
 
     def _settle(self, choice: Choice, sampled: int, version: int, inflight: Inflight, steps: float) -> None:
         """What a commit of ``version`` means for a choice that had ``sampled`` tokens then; 0 stands for none, and
@@ -367,7 +377,7 @@ class VllmEngine:
             raise Unavailable(failure)
 
     async def _reports(
-        self, kind: Literal["prepare", "stage", "commit"], number: int, deadline: float, type: type[Any]
+        self, kind: Literal["prepare", "stage", "commit", "switched"], number: int, deadline: float, type: type[Any]
     ) -> list[Any]:
         return await all_reports(self._directory, kind, number, self._settings.workers, deadline, type)
 

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from http import HTTPStatus
 from urllib.request import Request, urlopen
 
@@ -229,7 +230,7 @@ class _Launch:
         return 0 if self.stopping else 1
 
 
-def root_cause(lines: "deque[str]") -> str:
+def root_cause(lines: Sequence[str]) -> str:
     """The first exception of a log that says something: what follows it are processes that fail because of it."""
     bare = [_PREFIX.sub("", line).strip() for line in lines]
     causes = [line for line in bare if _EXCEPTION.match(line)]

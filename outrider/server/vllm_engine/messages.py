@@ -44,8 +44,7 @@ class StageOrder(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """A worker's answer to order ``number``. engine, rank: who it is. error: why it could not. seconds: that it took;
-    of a commit, those for which generation stood still in this worker."""
+    """A worker's answer to order ``number``. engine, rank: who it is. error: why not. seconds: that it took."""
 
     number: int
     engine: int

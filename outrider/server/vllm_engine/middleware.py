@@ -1,6 +1,7 @@
 """The ASGI middleware of vLLM's server: the key, the server contract, and vLLM's own routes behind them."""
 
 import asyncio
+import logging
 import os
 import signal
 from typing import Any
@@ -28,6 +29,12 @@ class OutriderMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.stock = app
         self.settings = settings_from_environment()
+        # vLLM configures its own logger and nobody else's.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("outrider")
+        logger.addHandler(handler)
+        logger.setLevel(self.settings.config.log_level.upper())
         self.server: ServerApp | None = None
         self.client: Any = None
         self._asgi: ASGIApp | None = None

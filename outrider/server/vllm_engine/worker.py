@@ -60,11 +60,13 @@ class _Member:
         ).start()
 
     def commit(self, number: int, version: int) -> None:
+        """On a GPU the switch is only queued here, and takes its turn among the steps: how far requests have got is
+        known, and is reported; how long it took is another report, when the GPU has come to it."""
         engine, rank = self.who
-        report = CommitReport(number=number, engine=engine, rank=rank)
-        progress = sampled_tokens(self.worker.model_runner) if self.worker.rank == 0 else None
-        report.began, report.progress = time.monotonic(), progress
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
+        report = CommitReport(number=number, engine=engine, rank=rank, began=time.monotonic())
+        report.progress = sampled_tokens(self.worker.model_runner) if rank == 0 else None
+        on_gpu = self.worker.device.type == "cuda"
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
 
         def switch() -> None:
             if self.shadow is None or self.staged != version:
@@ -76,20 +78,19 @@ class _Member:
             for mark in marks[1:]:
                 mark.record()
 
-        if not marks:
-            self.report("commit", report, switch)
+        self.report("commit", report, switch)
+        switched = Report(number=number, engine=engine, rank=rank, seconds=report.seconds)
+        if not on_gpu or report.error is not None:
+            write_report(self.directory, "switched", switched)
             return
-        # Only queued so far: the report has to wait for the GPU, the next step need not.
-        error = self.attempt(switch)
-        threading.Thread(target=self._finish, args=(report, marks, error), name="outrider-commit", daemon=True).start()
 
-    def _finish(self, report: CommitReport, marks: list[torch.cuda.Event], error: str | None) -> None:
-        torch.cuda.set_device(self.worker.device)
-        report.error = error
-        if error is None:
+        def finish() -> None:
+            torch.cuda.set_device(self.worker.device)
             marks[1].synchronize()
-            report.seconds = marks[0].elapsed_time(marks[1]) / 1000
-        write_report(self.directory, "commit", report)
+            switched.seconds = marks[0].elapsed_time(marks[1]) / 1000
+            write_report(self.directory, "switched", switched)
+
+        threading.Thread(target=finish, name="outrider-commit", daemon=True).start()
 
     def _load(self, order: StageOrder) -> None:
         if self.worker.device.type == "cuda":

