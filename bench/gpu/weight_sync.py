@@ -12,82 +12,36 @@ GPU, with the same weights: mean, 99th percentile, largest.
 """
 
 import argparse
-import asyncio
-import contextlib
 import json
-import multiprocessing
-import queue
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import urllib.request
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import aiohttp
 import msgspec
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_servers import KEY, Side, prompts, save_shape, server
 
 from outrider.contract import routes
 from outrider.contract.arrays import unpack_floats, unpack_ints
-from outrider.contract.control import CommitRequest, ServerInfo, StageRequest, WeightStatus
+from outrider.contract.control import ServerInfo, WeightStatus
 from outrider.contract.generation import PACKED_MEDIA_TYPE, PackedCompletion
 from outrider.contract.manifest import Manifest
 from outrider.server.vllm_engine.weights import tensor_shapes
 from outrider.weights.publish import Publisher
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from updates import KEY, Load, Window, call, staged_update, stalls
+from vllm_servers import Side, prompts, save_shape, server
+
 RUNNING, STREAMS = 256, 8
-
-
-def call(side: Side, path: str, body: bytes | None = None) -> bytes:
-    """Ask a server; what it answers. Raises HTTPError."""
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    request = urllib.request.Request(
-        side.url + path, data=body, headers=headers, method="GET" if body is None else "POST"
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return answer.read()
-
-
-def keep_busy(url: str, model: str, stop: Any, arrivals: Any) -> None:
-    """RUNNING sequences in flight until ``stop``; when the tokens of some streams come goes to ``arrivals``."""
-
-    async def run() -> None:
-        connector = aiohttp.TCPConnector(limit=0)
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-        timeout = aiohttp.ClientTimeout(None)
-        async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
-
-            async def one(number: int) -> None:
-                while not stop.is_set():
-                    stream = number < STREAMS
-                    body = {"model": model, "prompt": prompts(1, number)[0], "max_tokens": 3000, "ignore_eos": True,
-                            "logprobs": 0, "return_token_ids": True, "stream": stream}  # fmt: skip
-                    async with session.post(f"{url}/v1/completions", data=json.dumps(body)) as answer:
-                        if not stream:
-                            await answer.read()
-                            continue
-                        times = []
-                        async for _ in answer.content.iter_any():
-                            times.append(time.monotonic())
-                            if stop.is_set():
-                                break
-                        arrivals.put(times)
-
-            tasks = [asyncio.create_task(one(number)) for number in range(RUNNING)]
-            while not stop.is_set():
-                await asyncio.sleep(0.1)
-            await asyncio.sleep(0.5)
-            for task in tasks:
-                task.cancel()
-
-    asyncio.run(run())
 
 
 class Training(threading.Thread):
@@ -127,15 +81,6 @@ class Training(threading.Thread):
         return self.manifests[-1]
 
 
-def staged_update(side: Side, manifest: Manifest) -> tuple[WeightStatus, tuple[float, float]]:
-    """Stage and commit; the status, and when the commit began and had ended."""
-    call(side, routes.STAGE, msgspec.json.encode(StageRequest(manifest=manifest)))
-    began = time.monotonic()
-    body = msgspec.json.encode(CommitRequest(run_id=manifest.run_id, version=manifest.version))
-    status = msgspec.json.decode(call(side, routes.COMMIT, body), type=WeightStatus)
-    return status, (began, time.monotonic())
-
-
 class Native:
     """vLLM's own transfer, packed NCCL broadcasts."""
 
@@ -149,11 +94,11 @@ class Native:
         self.group = self.engine.trainer_init(info)
         thread.join()
 
-    def update(self) -> tuple[float, float]:
+    def update(self) -> Window:
         """When it began and had ended."""
         began = time.monotonic()
-        call(self.side, "/pause?mode=keep", b"")
-        call(self.side, "/start_weight_update", b'{"is_checkpoint_format": true}')
+        call(self.side.url, "/pause?mode=keep", b"")
+        call(self.side.url, "/start_weight_update", b'{"is_checkpoint_format": true}')
         info = {
             "names": list(self.tensors), "dtype_names": ["bfloat16"] * len(self.tensors),
             "shapes": [list(tensor.shape) for tensor in self.tensors.values()], "packed": True,
@@ -162,34 +107,14 @@ class Native:
         self.engine.trainer_send_weights(iter(self.tensors.items()), {"group": self.group, "packed": True})
         torch.cuda.synchronize(0)
         thread.join()
-        call(self.side, "/finish_weight_update", b"{}")
-        call(self.side, "/resume", b"")
+        call(self.side.url, "/finish_weight_update", b"{}")
+        call(self.side.url, "/resume", b"")
         return began, time.monotonic()
 
     def _aside(self, path: str, body: Any) -> threading.Thread:
-        thread = threading.Thread(target=call, args=(self.side, path, json.dumps(body).encode()))
+        thread = threading.Thread(target=call, args=(self.side.url, path, json.dumps(body).encode()))
         thread.start()
         return thread
-
-
-def stalls(arrivals: list[list[float]], windows: list[tuple[float, float]]) -> tuple[list[float], list[float], float]:
-    """What a client sees of each window, ms, medians over the streams: the longest gap between two tokens, less the
-    usual one of the seconds around; and by how much all later tokens are late. Last, the usual gap."""
-    usual = statistics.median(gap for times in arrivals for gap in np.diff(times))
-    gaps, late = [], []
-    for start, end in windows:
-        longest, lost = [], []
-        for times in map(np.asarray, arrivals):
-            first, last = np.searchsorted(times, (start - 0.1, end + 0.5))
-            around = np.diff(times[max(first - 50, 0) : last + 50])
-            if first < 10 or last + 10 > len(times):
-                continue
-            step = float(np.median(around))
-            longest.append(np.diff(times[first:last]).max() - step)
-            lost.append(times[last] - times[first] - (last - first) * step)
-        gaps.append(1000 * statistics.median(longest))
-        late.append(1000 * statistics.median(lost))
-    return gaps, late, 1000 * usual
 
 
 def link_speed() -> float:
@@ -272,64 +197,39 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
     }  # fmt: skip
     link = link_speed()
     side.wait()
-    info = msgspec.json.decode(call(side, routes.INFO), type=ServerInfo)
+    info = msgspec.json.decode(call(side.url, routes.INFO), type=ServerInfo)
     publisher = Publisher(tensors, "bfloat16", uuid.uuid4().hex[:12], info.model_fingerprint, None)
     training = Training(publisher)
     training.start()
-    context = multiprocessing.get_context("spawn")
-    stop, arrivals = context.Event(), context.Queue()
-    load = context.Process(target=keep_busy, args=(side.url, str(side.model), stop, arrivals), daemon=True)
-    load.start()
-    time.sleep(12)
-    ours, stage_seconds, commit_gpu, commit_rpc = [], [], [], []
-    for _ in range(arguments.updates):
-        manifest = training.next()
-        status, window = staged_update(side, manifest)
-        http, gpu = 1000 * (window[1] - window[0]), 1000 * status.commit_seconds
-        print(f"version {status.version}: stage {status.stage_seconds:.3f} s, commit {gpu:.1f} ms on the GPU, "
-              f"{http:.1f} ms over HTTP", flush=True)  # fmt: skip
-        ours.append(window)
-        stage_seconds.append(status.stage_seconds)
-        commit_gpu.append(1000 * status.commit_seconds)
-        commit_rpc.append(1000 * (window[1] - window[0]))
-        time.sleep(1)
-    native_windows = []
-    try:
-        native = Native(side, tensors)
-        for _ in range(3):
-            native_windows.append(native.update())
-            print(f"native: {1000 * (native_windows[-1][1] - native_windows[-1][0]):.1f} ms", flush=True)
-            time.sleep(1)
-    except Exception as error:  # noqa: BLE001 - the other figures are worth having
-        print(f"native transfer failed: {type(error).__name__}: {error}", flush=True)
-    stop.set()
-    times = []
-    with contextlib.suppress(queue.Empty):
-        while True:
-            times.append(arrivals.get(timeout=4))
-    load.kill()
-    ours_ms, ours_late, usual = stalls(times, ours)
-    native_ms, native_late, _ = stalls(times, native_windows) if native_windows else ([], [], 0.0)
+    with Load(side.url, str(side.model), RUNNING, STREAMS, 3000) as load:
+        time.sleep(12)
+        figures = update(side, tensors, training, arguments)
+        time.sleep(3)  # of tokens after the last update
+    raw = {"arrivals": load.arrivals, "ours": figures.ours, "native": figures.native}
+    arguments.out.with_suffix(".raw.json").write_text(json.dumps(raw))
+    ours_ms, ours_late, usual = stalls(load.arrivals, figures.ours)
     result = {
         "device": torch.cuda.get_device_name(), "shape": arguments.shape, "bytes": publisher.nbytes, "running": RUNNING,
         "vllm": info.engine_version, "torch": torch.__version__, "commit": commit(),
         "token_gap_ms": round(usual, 2),
-        "generation_stall_ms": round(statistics.median(ours_ms), 2),
-        "generation_stalls_ms": [round(value, 2) for value in ours_ms],
-        "generation_late_ms": round(statistics.median(ours_late), 2),
-        "commit_gpu_ms": round(statistics.median(commit_gpu), 2),
-        "commit_http_ms": round(statistics.median(commit_rpc), 2),
-        "trainer_stall_ms": round(1000 * statistics.median(training.stalls), 2),
+        "generation_stall_ms": middle(ours_ms), "generation_stalls_ms": [round(value, 2) for value in ours_ms],
+        "generation_late_ms": middle(ours_late),
+        "commit_gpu_ms": middle([1000 * status.commit_seconds for status in figures.statuses]),
+        "commit_http_ms": middle([1000 * (end - begin) for begin, end in figures.ours]),
+        "trainer_stall_ms": middle([1000 * stall for stall in training.stalls]),
         "trainer_stalls_ms": [round(1000 * stall, 2) for stall in training.stalls],
-        "publish_seconds": round(statistics.median(training.published), 3),
-        "stage_seconds": round(statistics.median(stage_seconds), 3),
-        "stage_share_of_link": round(publisher.nbytes / statistics.median(stage_seconds) / link, 3),
+        "publish_seconds": middle(training.published),
+        "stage_seconds": (stage_seconds := middle([status.stage_seconds for status in figures.statuses])),
+        "stage_share_of_link": round(publisher.nbytes / stage_seconds / link, 3),
         "link_gb_per_s": round(link / 1e9, 1),
-        "native_stall_ms": round(statistics.median(native_ms), 2) if native_ms else None,
     }  # fmt: skip
-    if native_windows:
-        result["native_late_ms"] = round(statistics.median(native_late), 2)
-        result["native_trainer_ms"] = round(1000 * statistics.median(end - begin for begin, end in native_windows), 2)
+    if figures.native:
+        native_ms, native_late, _ = stalls(load.arrivals, figures.native)
+        result |= {
+            "native_stall_ms": middle(native_ms),
+            "native_late_ms": middle(native_late),
+            "native_trainer_ms": middle([1000 * (end - begin) for begin, end in figures.native]),
+        }
     print(
         "log of the server:",
         *[line for line in side.log.read_text(errors="replace").splitlines() if " staged: " in line],
@@ -339,6 +239,41 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
         result |= gap(side, model, tensors)
     publisher.close()
     return result
+
+
+class Figures(NamedTuple):
+    """When each update began and had ended, by either way, and the status after each of ours."""
+
+    ours: list[Window]
+    native: list[Window]
+    statuses: list[WeightStatus]
+
+
+def update(side: Side, tensors: dict[str, torch.Tensor], training: Training, arguments: argparse.Namespace) -> Figures:
+    """Updates in our way, then in vLLM's own."""
+    figures = Figures([], [], [])
+    for _ in range(arguments.updates):
+        status, window = staged_update(side.url, training.next())
+        figures.ours.append(window)
+        figures.statuses.append(status)
+        http, gpu = 1000 * (window[1] - window[0]), 1000 * status.commit_seconds
+        print(f"version {status.version}: stage {status.stage_seconds:.3f} s, commit {gpu:.1f} ms on the GPU, "
+              f"{http:.1f} ms over HTTP", flush=True)  # fmt: skip
+        time.sleep(1)
+    try:
+        native = Native(side, tensors)
+        for _ in range(3):
+            figures.native.append(native.update())
+            print(f"native: {1000 * (figures.native[-1][1] - figures.native[-1][0]):.1f} ms", flush=True)
+            time.sleep(1)
+    except Exception as error:  # noqa: BLE001 - the other figures are worth having
+        print(f"native transfer failed: {type(error).__name__}: {error}", flush=True)
+    return figures
+
+
+def middle(values: list[float]) -> float:
+    """The median, in three places."""
+    return round(statistics.median(values), 3)
 
 
 def commit() -> str | None:

@@ -51,11 +51,7 @@ class ServerApp:
             (routes.STATUS, self.status, "GET"),
             (routes.DRAIN, self.drain_route, "POST"),
         ]
-        known: list[BaseRoute] = [Route(path, answering(handler), methods=[verb]) for path, handler, verb in handlers]
-        app = Starlette(routes=known if more is None else [*known, more])
-        app.add_exception_handler(404, _not_found)
-        app.add_exception_handler(405, _not_allowed)
-        return KeyMiddleware(app, key)
+        return contract_app(handlers, key, more)
 
     async def drain(self, timeout: float) -> None:
         """Take no new requests, and let the running ones end within ``timeout`` seconds."""
@@ -116,6 +112,16 @@ class ServerApp:
             raise InvalidRequest(f"model: {body.model!r} is not served here, {self.served_name!r} is", "model")
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options: goes with stream true only", "stream_options")
+
+
+def contract_app(handlers: list[tuple[str, Handler, str]], key: str, more: BaseRoute | None = None) -> ASGIApp:
+    """An application of ``(path, handler, method)``, behind the key, whose errors are all in OpenAI's shape. more:
+    further routes."""
+    known: list[BaseRoute] = [Route(path, answering(handler), methods=[verb]) for path, handler, verb in handlers]
+    app = Starlette(routes=known if more is None else [*known, more])
+    app.add_exception_handler(404, _not_found)
+    app.add_exception_handler(405, _not_allowed)
+    return KeyMiddleware(app, key)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

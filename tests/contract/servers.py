@@ -65,7 +65,12 @@ def start_vllm(model: Path, directory: Path, *flags: str, key: str | None = None
     return _start("vllm", model, directory, ["--threads", "1", "--kv_cache_gib", "0.25", *flags], key)
 
 
-STARTERS: dict[str, Starter] = {"torch": start_torch, "vllm": start_vllm}
+def start_vllm_twice(model: Path, directory: Path, *flags: str, key: str | None = None) -> Server:
+    """Two servers with vLLM behind one port."""
+    return start_vllm(model, directory, "--engines_per_device", "2", *flags, key=key)
+
+
+STARTERS: dict[str, Starter] = {"torch": start_torch, "vllm": start_vllm, "vllm twice": start_vllm_twice}
 #: vLLM takes half a minute to start, and is not always installed: `make test-vllm` asks for it.
 ENGINES = os.environ.get("OUTRIDER_TEST_ENGINES", "torch").split(",")
 

@@ -63,6 +63,8 @@ def test_a_failed_start_says_why(tmp_path: Path, endless: Callable[[int], Path])
 
 
 def test_a_killed_launcher_leaves_nothing(start_endless: StartEndless) -> None:
+    """No process, and no file."""
+    before = set(segment_directory().glob("outrider-vllm-*"))
     server = start_endless("--data_parallel_size", "2")
     descendants = children(server.process.pid)
     assert len(descendants) >= 5  # vLLM's server, two engines, a worker each
@@ -72,6 +74,7 @@ def test_a_killed_launcher_leaves_nothing(start_endless: StartEndless) -> None:
     while left := [pid for pid in descendants if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
+    assert set(segment_directory().glob("outrider-vllm-*")) <= before
 
 
 def test_a_server_that_ends_leaves_no_files(start_endless: StartEndless) -> None:
@@ -88,7 +91,9 @@ async def test_an_engine_that_dies_ends_the_server(start_endless: StartEndless) 
     """For whoever supervises it; the reason is in its last words."""
     server = start_endless()
     async with Client(server.url, KEY) as client:
-        running = asyncio.create_task(client.ask("POST", routes.COMPLETIONS, b'{"prompt": [5], "max_tokens": 1000}'))
+        running = asyncio.create_task(
+            client.ask("POST", routes.COMPLETIONS, b'{"prompt": [5], "max_tokens": 1000, "n": 16}')
+        )
         await client.until_running(1)
         for pid in workers_of(server):
             os.kill(pid, signal.SIGKILL)

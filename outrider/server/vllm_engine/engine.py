@@ -87,7 +87,7 @@ class VllmEngine:
     async def start(self) -> None:
         host = self._settings.staging == "host"
         number = next(self._orders)
-        await self._client.collective_rpc("outrider_prepare", args=(number, str(self._directory), host))
+        await self._call("outrider_prepare", PREPARE_DEADLINE, number, str(self._directory), host)
         for report in await self._reports("prepare", number, PREPARE_DEADLINE, Report):
             if report.error is not None:
                 raise UserError(
@@ -289,7 +289,7 @@ class VllmEngine:
             self._check_alive()
             weights.begin()
             path = await loop.run_in_executor(self._stager, weights.order, manifest, number, self._directory)
-            await self._client.collective_rpc("outrider_stage", args=(str(path),))
+            await self._call("outrider_stage", COMMIT_DEADLINE, str(path))
             try:
                 reports = await self._reports("stage", number, STAGE_DEADLINE, Report)
             except TimeoutError as error:
@@ -331,8 +331,7 @@ class VllmEngine:
     async def _switch(self, number: int, run_id: str, version: int, inflight: Inflight) -> None:
         """Have all workers switch, and settle what that means for the requests in flight."""
         try:
-            async with asyncio.timeout(COMMIT_DEADLINE):
-                await self._client.collective_rpc("outrider_commit", args=(number, version))
+            await self._call("outrider_commit", COMMIT_DEADLINE, number, version)
             reports = await self._reports("commit", number, COMMIT_DEADLINE, CommitReport)
         except TimeoutError as error:
             raise self._broken(f"version {version}: {error}") from error
@@ -375,6 +374,14 @@ class VllmEngine:
     def _check_alive(self) -> None:
         if failure := self.failure():
             raise Unavailable(failure)
+
+    async def _call(self, method: str, deadline: float, *arguments: object) -> None:
+        """Call a method of every worker. Raises TimeoutError, and Unavailable when an engine is gone."""
+        try:
+            async with asyncio.timeout(deadline):
+                await self._client.collective_rpc(method, args=arguments)
+        except EngineDeadError as error:
+            raise Unavailable("vLLM's engine has stopped; its log says why") from error
 
     async def _reports(
         self, kind: Literal["prepare", "stage", "commit", "switched"], number: int, deadline: float, type: type[Any]

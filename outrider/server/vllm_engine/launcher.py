@@ -26,10 +26,10 @@ import uvloop
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
-from outrider.contract.lifetime import die_with_parent
 from outrider.server.config import RolloutConfig
 from outrider.server.connections import http_settings
 from outrider.server.ready import ready_message
+from outrider.server.vllm_engine import guard
 from outrider.server.vllm_engine.command import VllmCommand, check_installed, engines_per_device, vllm_command
 from outrider.server.vllm_engine.router import Backend, Router
 from outrider.weights.segments import segment_directory
@@ -68,7 +68,7 @@ def serve_vllm(config: RolloutConfig, listener: socket.socket, key: str) -> int:
             listener.close()
         for (at, where), directory in zip(places, directories, strict=True):
             command = vllm_command(config, at, where, key, directory, gpus, count)
-            children.append(_Child(config, command, at, where, key))
+            children.append(_Child(config, command, at, where, key, directory))
         launch = _Launch(config, children)
         if count == 1:
             return launch.run(host, port)
@@ -77,7 +77,7 @@ def serve_vllm(config: RolloutConfig, listener: socket.socket, key: str) -> int:
         for child in children:
             child.kill()
         listener.close()
-        for directory in directories:
+        for directory in directories[len(children) :]:  # of servers that were not even started
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -97,7 +97,9 @@ def describe_command(command: VllmCommand) -> str:
 class _Child:
     """One vLLM server: its log, whether it answers, and its end."""
 
-    def __init__(self, config: RolloutConfig, command: VllmCommand, host: str, port: int, key: str) -> None:
+    def __init__(
+        self, config: RolloutConfig, command: VllmCommand, host: str, port: int, key: str, directory: str
+    ) -> None:
         self.config, self.host, self.port, self.key = config, host, port, key
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.told_to_stop = False
@@ -107,9 +109,13 @@ class _Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # Ctrl-C is for this process to answer; and none is left behind when it is killed.
+            start_new_session=True,  # Ctrl-C is for this process to answer
+        )
+        #: Ends vLLM's processes and removes their directory when this process closes its end of the pipe, or is gone.
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", guard.__file__, str(self.process.pid), directory],
+            stdin=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
         self._reader = threading.Thread(target=self._hand_on, daemon=True)
         self._reader.start()
@@ -135,11 +141,12 @@ class _Child:
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
-        if self.process.poll() is None:
-            self.told_to_stop = True
-            self.process.kill()
-            self.process.wait()
+        """End it, whatever it is doing, and all that it has started."""
+        self.told_to_stop = True
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+        self.process.wait()
 
     def wait(self) -> int:
         """Its exit status, when all of its log has been handed on."""

@@ -6,23 +6,21 @@ flight, and what changes weights goes to all.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 
 import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from outrider.contract import routes
 from outrider.contract.control import DrainStatus, ServerInfo, WeightStatus
 from outrider.contract.errors import ErrorDetail
-from outrider.server.answers import answering, error_answer, json_answer
-from outrider.server.auth import KeyMiddleware
+from outrider.server.answers import Handler, error_answer, json_answer
+from outrider.server.app import contract_app
 from outrider.server.engine import Unavailable
 
 #: Headers that belong to one connection and not to a message.
@@ -51,7 +49,7 @@ class Router:
 
     def asgi(self) -> ASGIApp:
         """The application, behind the key."""
-        handlers: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
+        handlers: list[tuple[str, Handler, str]] = [
             (routes.HEALTH, self.health, "GET"),
             (routes.METRICS, self.metrics, "GET"),
             (routes.MODELS, self.forward, "GET"),
@@ -63,8 +61,7 @@ class Router:
             (routes.STATUS, self.status, "GET"),
             (routes.DRAIN, self.drain, "POST"),
         ]
-        app = Starlette(routes=[Route(path, answering(handler), methods=[verb]) for path, handler, verb in handlers])
-        return KeyMiddleware(app, self.key)
+        return contract_app(handlers, self.key)
 
     async def start(self) -> None:
         """Get ready to ask the servers."""

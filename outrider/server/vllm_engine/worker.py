@@ -42,6 +42,8 @@ class _Member:
         self.worker, self.directory, self.host = worker, directory, host
         self.shadow: Shadow | None = None
         self.staged: int | None = None
+        self._latest = 0
+        self._loading = threading.Lock()
 
     @property
     def who(self) -> tuple[int, int]:
@@ -52,7 +54,7 @@ class _Member:
         self.shadow = Shadow(self.worker, self.host)
 
     def stage(self, order: StageOrder) -> None:
-        self.staged = None
+        self.staged, self._latest = None, order.number
         engine, rank = self.who
         report = Report(number=order.number, engine=engine, rank=rank)
         threading.Thread(
@@ -95,9 +97,11 @@ class _Member:
     def _load(self, order: StageOrder) -> None:
         if self.worker.device.type == "cuda":
             torch.cuda.set_device(self.worker.device)
-        assert self.shadow is not None
-        self.shadow.load(order.tensors)
-        self.staged = order.version
+        with self._loading:  # one that nobody waits for any more may still be at it
+            assert self.shadow is not None
+            self.shadow.load(order.tensors)
+            if order.number == self._latest:
+                self.staged = order.version
 
     def report(self, kind: str, report: Report, task: Callable[[], None]) -> None:
         """Do it, and say what came of it."""
