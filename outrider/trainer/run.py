@@ -226,7 +226,7 @@ class Trainer:
         self.publisher.publish(self.step)
         if self.spec.max_staleness == 0:
             # Nothing to overlap with: the next batch needs this version.
-            self.publisher.wait()
+            self.publisher.finish()
 
     def _set_learning_rate(self) -> float:
         config = self.spec.optimizer
@@ -240,7 +240,7 @@ class Trainer:
     def _evaluate_now(self) -> None:
         """Evaluate the present version, and wait for the result."""
         self.panel.phase("evaluating")
-        self.publisher.wait()
+        self.publisher.finish()
         for result in self.link.arrived_evaluations():
             self._record_evaluation(result)
         self.link.request_evaluation(self.step, self.step)

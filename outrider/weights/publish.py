@@ -74,9 +74,7 @@ class Publisher:
 
     def publish(self, version: int) -> "Future[Manifest]":
         """Start to copy the weights as version ``version``. They must not change until :meth:`wait` returns."""
-        self.wait()
-        if self._pending is not None:  # the segments are two, and one is being described still
-            self._pending.result()
+        self.finish()
         ready = None
         if self._device is not None:
             ready = torch.cuda.Event()
@@ -87,14 +85,18 @@ class Publisher:
         return self._pending
 
     def wait(self) -> float:
-        """Wait for the copy in progress, after which the weights may change; returns the seconds waited. Checksums are
-        computed from the copy, which takes longer. Raises what the copy raised."""
+        """Wait for the copy in progress, after which the weights may change; returns the seconds waited."""
+        if self._copied.is_set():
+            return 0.0
         started = time.monotonic()
         self._copied.wait()
-        if self._pending is not None and self._pending.done():
+        return time.monotonic() - started
+
+    def finish(self) -> None:
+        """Wait until the latest version is whole, described and announced. Raises what went wrong with it."""
+        if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
-        return time.monotonic() - started
 
     def close(self) -> None:
         """Remove the segments."""

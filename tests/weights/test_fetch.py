@@ -1,17 +1,21 @@
 """The server's side: tensors put together from the pieces of several ranks, near and far."""
 
 import asyncio
+import itertools
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from aiohttp import ClientSession
+from aiohttp import ClientSession, web
 from msgspec.structs import replace
 from torch import Tensor
 
 from outrider.collector.segments import SegmentServer
 from outrider.contract.manifest import DTypeName, Manifest
+from outrider.weights import fetch
 from outrider.weights.fetch import FetchError, fetch_tensors
 from outrider.weights.publish import Publisher
 
@@ -159,3 +163,44 @@ async def test_a_node_serves_the_segments_of_its_run_and_nothing_else(segment_ur
             async with session.get(f"{segment_url}/{inside}", headers={"Range": "bytes=4-11"}) as answer:
                 assert answer.status == 206
                 assert await answer.read() == torch.ones(2).numpy().tobytes()
+
+
+async def test_a_connection_that_breaks_off_is_taken_up_where_it_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors larger than a range come in several; no byte is sent twice."""
+    monkeypatch.setattr(fetch, "RANGE", 1000)
+    tensors = full_tensors() | {"large": torch.randn(40, 50)}
+    asked: list[tuple[int, int]] = []
+    with sharded(tensors, 1, "http://unused") as manifest:
+        content = await asyncio.to_thread(Path(manifest.segments[0].path).read_bytes)
+
+        async def segment(request: web.Request) -> web.StreamResponse:
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"])
+            assert found is not None
+            start, end = int(found[1]), int(found[2]) + 1
+            answer = web.StreamResponse(status=206, headers={"Content-Length": str(end - start)})
+            await answer.prepare(request)
+            whole = end - start < 400  # others break off in the middle
+            sent = content[start : end if whole else start + (end - start) // 2]
+            asked.append((start, start + len(sent)))
+            await answer.write(sent)
+            if not whole:
+                assert request.transport is not None
+                await asyncio.sleep(0.01)
+                request.transport.close()
+            return answer
+
+        app = web.Application()
+        app.router.add_get("/segment", segment)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}/segment"
+            away = elsewhere(replace(manifest, segments=(replace(manifest.segments[0], url=url),)), 0)
+            found = await fetched(away)
+        finally:
+            await runner.cleanup()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    asked.sort()
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(asked))
+    assert len(asked) > 2 * 8

@@ -124,15 +124,18 @@ def test_every_version_is_announced_before_it_counts_as_done(publisher_of: Publi
     assert segment.url == f"http://node:1/segments/{Path(segment.path).name}"
 
 
-def test_what_the_copy_raises_comes_out_of_wait(publisher_of: Publish) -> None:
+def test_what_goes_wrong_with_a_version_comes_out_of_the_next_call(publisher_of: Publish) -> None:
     def fail(manifest: Manifest) -> None:
         raise RuntimeError("nobody listens")
 
     publisher = publisher_of({"w": torch.ones(3)}, announce=fail)
     publisher.publish(1)
     with pytest.raises(RuntimeError, match="nobody listens"):
-        publisher.wait()
-    assert publisher.wait() == 0
+        publisher.finish()
+    publisher.finish()
+    publisher.publish(2)
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        publisher.publish(3)
 
 
 def test_close_removes_the_segments_twice_over(publisher_of: Publish, segment_directory: Path) -> None:

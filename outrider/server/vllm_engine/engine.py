@@ -25,9 +25,10 @@ from outrider.server.vllm_engine.differences import external_id
 from outrider.server.vllm_engine.generation import Choice, VllmGeneration
 from outrider.server.vllm_engine.hot import LIMIT
 from outrider.server.vllm_engine.messages import CommitReport, Report, all_reports
-from outrider.server.vllm_engine.sampling import Tokens, tokens_of, vllm_params
+from outrider.server.vllm_engine.sampling import tokens_of, vllm_params
 from outrider.server.vllm_engine.settings import VllmSettings
 from outrider.server.vllm_engine.stats import VllmCounters
+from outrider.server.vllm_engine.tokens import Tokens
 from outrider.server.vllm_engine.weights import VllmWeights
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from outrider.contract.arrays import pack_floats, pack_ints
 from outrider.contract.generation import FinishReason, VersionSpan, append_version
 from outrider.contract.sampling import SamplingParams
 from outrider.server.engine import ChoiceDelta, Unavailable
-from outrider.server.vllm_engine.sampling import Tokens
+from outrider.server.vllm_engine.tokens import Tokens
 
 
 class Choice:

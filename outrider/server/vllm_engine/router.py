@@ -127,7 +127,7 @@ class Router:
         answers = await self._ask_all("GET", routes.METRICS)
         if bad := _first_bad(answers):
             return bad
-        return Response(_sum_metrics([body.decode() for _, body in answers]), media_type="text/plain; version=0.0.4")
+        return Response(sum_metrics([body.decode() for _, body in answers]), media_type="text/plain; version=0.0.4")
 
     # ---- asking ------------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ def _first_bad(answers: list[tuple[int, bytes]]) -> Response | None:
     return None
 
 
-def _sum_metrics(texts: list[str]) -> str:
+def sum_metrics(texts: list[str]) -> str:
     """Expositions of several servers as one: sums, or means where sums mean nothing."""
     values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
     kinds: dict[str, tuple[str, str]] = {}
