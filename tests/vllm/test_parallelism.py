@@ -55,8 +55,8 @@ async def test_new_weights_are_those_of_a_fresh_server_everywhere(
         before = await answers(client)
         assert before != expected
         assert len(await engines_that_worked(client)) == engines
-        running = asyncio.create_task(client.choices(prompt=[9], n=16, max_tokens=300))
-        await client.until_running(16)
+        running = asyncio.create_task(client.choices(prompt=[9], n=16, max_tokens=900))
+        await client.until_running(8)
         for seed, version, tokens in ((1, 3, expected), (0, 4, before)):
             with publishing(endless(seed), info, uuid.uuid4().hex[:12]) as publisher:
                 manifest = await asyncio.wrap_future(publisher.publish(version))
@@ -66,4 +66,4 @@ async def test_new_weights_are_those_of_a_fresh_server_everywhere(
             assert await answers(client) == tokens
         for choice in await running:
             assert next(version for version, _ in choice.weight_versions or []) == 0
-            assert len(choice.token_ids or []) == 300
+            assert len(choice.token_ids or []) == 900
