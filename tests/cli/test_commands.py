@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from outrider.cli import main as outrider
+from outrider.cli import rollout
 from outrider.cli.rollout import parse_rollout
 from outrider.cli.train import world_size
 from outrider.collector.config import CollectorSpec
@@ -136,22 +137,35 @@ def test_dry_runs_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sesame" not in out
 
 
-@pytest.mark.parametrize("engine", ["auto", "torch"])
-def test_the_engine_is_torch(engine: str) -> None:
-    assert parse_rollout(["--model", "m", "--engine", engine]).engine == "torch"
+@pytest.mark.parametrize(
+    ("flags", "installed", "engine"),
+    [
+        ("", None, "torch"),
+        ("", "0.32.0", "torch"),  # and no GPU
+        ("--engine torch", "0.32.0", "torch"),
+        ("--engine vllm", None, "vllm"),  # which says what is missing when it is started
+        ("--tensor_parallel_size 2", "0.32.0", "vllm"),
+        ("--engine vllm --vllm_enforce_eager", "0.32.0", "vllm"),
+    ],
+)
+def test_the_engine_that_is_meant(
+    monkeypatch: pytest.MonkeyPatch, flags: str, installed: str | None, engine: str
+) -> None:
+    monkeypatch.setattr(rollout, "vllm_version", lambda: installed)
+    assert parse_rollout(["--model", "m", *flags.split()]).engine == engine
 
 
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("--engine vllm", ["--engine vllm is not in this version", "--engine torch"]),
-        ("--tensor_parallel_size 2", ["--tensor_parallel_size 2", "the vllm engine", "not in this version"]),
+        ("--tensor_parallel_size 2", ["--tensor_parallel_size 2", "one device", "--engine vllm"]),
         ("--vllm_tensor_parallel_size 2", ["--tensor_parallel_size 2"]),
         ("--api_key=", ["--api_key is empty"]),
-        ("--vllm_enforce_eager", ["ms-swift has it"]),
+        ("--vllm_pipeline_parallel_size 2", ["ms-swift has it"]),
     ],
 )
-def test_what_a_server_cannot_do(line: str, parts: list[str]) -> None:
+def test_what_a_server_cannot_do(monkeypatch: pytest.MonkeyPatch, line: str, parts: list[str]) -> None:
+    monkeypatch.setattr(rollout, "vllm_version", lambda: None)
     with pytest.raises(UserError) as caught:
         parse_rollout(["--model", "m", *line.split()])
     assert all(part in str(caught.value) for part in parts), caught.value
