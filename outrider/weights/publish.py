@@ -17,6 +17,7 @@ from torch import Tensor
 from outrider.contract.errors import UserError
 from outrider.contract.identity import host_identity
 from outrider.contract.manifest import DTYPE_BYTES, DTypeName, Manifest, Piece, Segment, TensorEntry
+from outrider.weights.buffers import pin
 from outrider.weights.segments import segment_directory, segment_path
 
 #: Versions kept at once: one that servers may be reading, and one being written.
@@ -56,6 +57,7 @@ class Publisher:
         self._announce = announce
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         self._device = device if device.type == "cuda" else None
+        self._stream = None if self._device is None else torch.cuda.Stream(self._device)
         self._copied = threading.Event()
         self._copied.set()
         #: Beside training on a CPU, checksums get one thread; beside a GPU, several.
@@ -81,7 +83,6 @@ class Publisher:
             ready.record(torch.cuda.current_stream(self._device))
         self._copied.clear()
         self._pending = self._pool.submit(self._write, version, ready)
-        self._pending.add_done_callback(lambda _: self._copied.set())
         return self._pending
 
     def wait(self) -> float:
@@ -111,7 +112,10 @@ class Publisher:
     @torch.no_grad()
     def _write(self, version: int, ready: torch.cuda.Event | None) -> Manifest:
         segment, mapped, landing = self._buffers[version % BUFFERS]
-        self._copy(landing, ready)
+        try:
+            self._copy(landing, ready)
+        finally:
+            self._copied.set()
 
         def entry(item: tuple[str, Tensor]) -> TensorEntry:
             name, tensor = item
@@ -120,7 +124,6 @@ class Publisher:
             piece = Piece(segment=0, offset=offset, length=length, checksum=checksum)
             return TensorEntry(name=name, dtype=self.dtype, shape=tuple(tensor.shape), pieces=(piece,))
 
-        self._copied.set()
         with ThreadPoolExecutor(self._checkers) as pool:
             entries = tuple(pool.map(entry, self.tensors.items()))
         manifest = Manifest(
@@ -137,9 +140,8 @@ class Publisher:
     def _copy(self, landing: Tensor, ready: torch.cuda.Event | None) -> None:
         """Cast and copy every tensor to its place. From a GPU: on a stream of its own, once ``ready`` has come."""
         dtype = getattr(torch, self.dtype)
-        stream = None
-        if ready is not None:
-            stream = torch.cuda.Stream(self._device)
+        stream = self._stream
+        if stream is not None and ready is not None:
             stream.wait_event(ready)
         with torch.cuda.stream(stream):
             for name, tensor in self.tensors.items():
@@ -162,6 +164,5 @@ class Publisher:
         segment = Segment(host=host_identity(), path=str(path), length=self.nbytes, url=url)
         landing = torch.frombuffer(mapped, dtype=torch.uint8)
         if self._device is not None:
-            # Pages that do not move are copied to by the GPU itself. Where that is not to be had it takes longer.
-            torch.cuda.cudart().cudaHostRegister(landing.data_ptr(), landing.numel(), 0)
+            pin(landing)
         return segment, memoryview(mapped), landing

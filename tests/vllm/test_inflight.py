@@ -6,12 +6,13 @@ import random
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from outrider.contract import routes
 from outrider.contract.control import Inflight, ServerInfo
-from outrider.contract.generation import CompletionChoice
+from outrider.contract.generation import ChoiceLogprobs, CompletionChoice, append_version
 from tests.contract.client import Client, figures
 from tests.contract.publishing import publishing
 from tests.server.cores import Choice, reference
@@ -19,6 +20,28 @@ from tests.server.test_inflight import replay
 from tests.vllm.conftest import KEY, StartEndless
 
 pytestmark = pytest.mark.real_vllm
+
+
+async def streamed(client: Client, **fields: Any) -> list[CompletionChoice]:
+    """The choices of a stream, put together."""
+    chunks = await client.chunks(logprobs=0, return_token_ids=True, **fields)
+    whole: dict[int, CompletionChoice] = {}
+    for part in (choice for chunk in chunks for choice in chunk.choices):
+        choice = whole.setdefault(
+            part.index,
+            CompletionChoice(
+                index=part.index, text="", finish_reason=None, token_ids=[], weight_versions=[],
+                logprobs=ChoiceLogprobs(token_logprobs=[]),
+            ),
+        )  # fmt: skip
+        assert choice.token_ids is not None
+        assert choice.weight_versions is not None
+        choice.token_ids += part.token_ids or []
+        figures(choice).token_logprobs += figures(part).token_logprobs
+        for version, count in part.weight_versions or []:
+            append_version(choice.weight_versions, version, count)
+        choice.finish_reason = part.finish_reason
+    return list(whole.values())
 
 
 def recorded(choice: CompletionChoice) -> Choice:
@@ -37,7 +60,7 @@ async def test_every_logprob_is_reproduced(
     models = [reference(endless(0)), reference(endless(1))]
     server = start_endless()
     source = random.Random(5)
-    asked: list[tuple[list[int], asyncio.Task[list[CompletionChoice]]]] = []
+    asked: list[tuple[dict[str, Any], asyncio.Task[list[CompletionChoice]]]] = []
     async with Client(server.url, KEY) as client:
         info = await client.get(routes.INFO, ServerInfo)
         roots = [[source.randrange(3, 99) for _ in range(40)] for _ in range(3)]
@@ -45,8 +68,9 @@ async def test_every_logprob_is_reproduced(
         def ask(count: int) -> None:
             for _ in range(count):
                 prompt = [*source.choice(roots)[: source.randrange(20, 40)], source.randrange(3, 99)]
-                request = client.choices(prompt=prompt, n=2, max_tokens=source.randrange(20, 160), ignore_eos=True)
-                asked.append((prompt, asyncio.create_task(request)))
+                fields = {"prompt": prompt, "n": 2, "max_tokens": source.randrange(20, 160), "ignore_eos": True}
+                request = client.choices(**fields) if source.random() < 0.5 else streamed(client, **fields)
+                asked.append((fields, asyncio.create_task(request)))
 
         with (
             publishing(endless(0), info, uuid.uuid4().hex[:12]) as even,
@@ -60,11 +84,12 @@ async def test_every_logprob_is_reproduced(
                 await client.stage(manifest)
                 await client.commit(manifest, policy)
             ask(2)
-            done = [(prompt, choice) for prompt, task in asked for choice in await task]
+            done = [(fields, choice) for fields, task in asked for choice in await task]
     by_version = [models[version % 2] for version in range(9)]
     mixed = again = 0
-    for prompt, choice in done:
-        again += replay(by_version, prompt, recorded(choice), policy)
+    for fields, choice in done:
+        assert (len(choice.token_ids or []), choice.finish_reason) == (fields["max_tokens"], "length")
+        again += replay(by_version, fields["prompt"], recorded(choice), policy)
         mixed += len(choice.weight_versions or []) > 1
     assert again == 0
     assert (mixed == 0) == (policy == "wait")

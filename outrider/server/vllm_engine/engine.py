@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -66,6 +66,8 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._orders = itertools.count(1)
         self._generations: set[VllmGeneration] = set()
+        #: Names the weights in use: a version may come twice, in another run or after a roll-back.
+        self._commits = 0
         self._aborting: set[asyncio.Task[None]] = set()
         self._waiting: deque[tuple[Choice, asyncio.Future[bool]]] = deque()
         self._admitted: set[Choice] = set()
@@ -119,8 +121,11 @@ class VllmEngine:
         await self._until_empty(timeout)
         self._cutting_off = True
         while self._waiting:
-            self._waiting.popleft()[1].set_result(False)
-        await asyncio.gather(*(self._client.abort(choice.request_id) for choice in list(self._admitted)))
+            place = self._waiting.popleft()[1]
+            if not place.done():
+                place.set_result(False)
+        ends = (self._client.abort(choice.request_id) for choice in list(self._admitted))
+        await asyncio.gather(*ends, return_exceptions=True)
         await self._until_empty(5.0)
 
     async def _until_empty(self, timeout: float) -> None:
@@ -249,10 +254,11 @@ class VllmEngine:
         if not self._settled.is_set():
             await self._settled.wait()
 
-    async def stream(self, choice: Choice, by_token: bool) -> AsyncIterator[tuple[Tokens, FinishReason | None]]:
+    async def stream(self, choice: Choice, by_token: bool) -> AsyncGenerator[tuple[Tokens, FinishReason | None], None]:
         """Submit the choice to vLLM, and give its tokens as they come. Raises Unavailable."""
         await self.settled()
         choice.submitted(self.status().version)
+        request_id = choice.request_id  # of this request: the choice may be at its next one when it is ended here
         seed = choice.seed
         if seed is not None and choice.attempt:
             # What was drawn for the first tokens must not be drawn for later ones again.
@@ -260,11 +266,11 @@ class VllmEngine:
         stops = self._stops
         kept = len(choice.done)
         params = vllm_params(choice.sampling, seed=seed, stops=stops, kept=kept, stream=by_token)
-        prompt = tokens_input(choice.prompt + choice.done, cache_salt=f"{self.status().run_id}:{choice.version}")
+        prompt = tokens_input(choice.prompt + choice.done, cache_salt=f"commit {self._commits}")
         rank = choice.engine if self._settings.engines > 1 else None
         alternatives, ended = choice.sampling.alternatives, False
         try:
-            outputs = self._client.generate(prompt, params, choice.request_id, data_parallel_rank=rank)
+            outputs = self._client.generate(prompt, params, request_id, data_parallel_rank=rank)
             async for output in outputs:
                 [completion] = output.outputs
                 tokens = tokens_of(completion, alternatives)
@@ -278,7 +284,7 @@ class VllmEngine:
         finally:
             # vLLM forgets to end a request whose caller is cancelled while it is being submitted.
             if not ended and not self._client.errored:
-                aborting = asyncio.create_task(self._client.abort(choice.request_id))
+                aborting = asyncio.create_task(self._client.abort(request_id))
                 self._aborting.add(aborting)
                 aborting.add_done_callback(self._aborting.discard)
 
@@ -290,10 +296,10 @@ class VllmEngine:
             self._check_alive()
             weights.begin()
             path = await loop.run_in_executor(self._stager, weights.order, manifest, number, self._directory)
-            await self._call("outrider_stage", COMMIT_DEADLINE, str(path))
             try:
+                await self._call("outrider_stage", COMMIT_DEADLINE, str(path))
                 reports = await self._reports("stage", number, STAGE_DEADLINE, Report)
-            except TimeoutError as error:
+            except Exception as error:
                 raise Conflict(weights.refuse(manifest, error)) from error
             for report in reports:
                 if report.error is not None:
@@ -334,19 +340,20 @@ class VllmEngine:
         try:
             await self._call("outrider_commit", COMMIT_DEADLINE, number, version)
             reports = await self._reports("commit", number, COMMIT_DEADLINE, CommitReport)
-        except TimeoutError as error:
+        except Exception as error:  # whatever it is: who has switched is not known
             raise self._broken(f"version {version}: {error}") from error
         for report in reports:
             if report.error is not None:
                 raise self._broken(f"version {version}: engine {report.engine}, rank {report.rank}: {report.error}")
         self._weights.committed(run_id, version, self.status().commit_seconds)
+        self._commits = number
         progress = {external_id(id): count for report in reports for id, count in (report.progress or {}).items()}
         if any(report.cleared for report in reports):
             inflight, progress = "recompute", {}
         steps = (time.monotonic() - min(report.began for report in reports)) / SHORTEST_STEP
         for choice in self._admitted:
             self._settle(choice, progress.get(choice.request_id, 0), version, inflight, steps)
-        anew = [choice.request_id for choice in self._admitted if choice.restart is not None and not choice.ended]
+        anew = [choice.request_id for choice in self._admitted if choice.restart is not None]
         if anew:
             await self._client.abort(anew)
 
@@ -357,12 +364,12 @@ class VllmEngine:
             return
         if sampled:
             choice.marks.append((sampled, version))
-            if inflight == "recompute" and choice.divisible and not choice.ended:
+            if inflight == "recompute" and choice.divisible:
                 choice.restart = sampled
         elif choice.ended and choice.given > steps:
             choice.marks.append((choice.given, version))  # it had ended before the commit
         else:
-            choice.restart = choice.given if not choice.ended else 0
+            choice.restart = 0  # what has been handed on stays in any case: that was before the commit
 
     def _broken(self, reason: str) -> Unavailable:
         """Workers may hold different weights now: nothing may be sampled any more."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Protocol
 
 from outrider.contract.arrays import pack_floats, pack_ints
@@ -71,7 +72,7 @@ class Choice:
 class Keeper(Protocol):
     """Whoever has the request answered."""
 
-    def stream(self, choice: Choice, by_token: bool) -> AsyncIterator[tuple[Tokens, FinishReason | None]]:
+    def stream(self, choice: Choice, by_token: bool) -> AsyncGenerator[tuple[Tokens, FinishReason | None], None]:
         """Submit the choice to vLLM, and give its tokens as they come."""
         ...
 
@@ -145,17 +146,21 @@ class VllmGeneration:
     async def _request(self, choice: Choice) -> bool:
         """One request to vLLM; False when it has to be followed by another one."""
         tokens, sent = Tokens(), 0
-        async for more, finish_reason in self.keeper.stream(choice, self.by_token):
-            tokens.add(more)
-            choice.given, choice.ended = len(tokens.ids), finish_reason is not None
-            await self.keeper.settled()
-            if choice.restart is not None:
-                choice.begin_anew(tokens, sent)
-                return False
-            if self.by_token or finish_reason:
-                self._put(choice, tokens, sent, finish_reason)
-                sent = len(tokens.ids)
-        return True
+        async with aclosing(self.keeper.stream(choice, self.by_token)) as stream:
+            async for more, finish_reason in stream:
+                tokens.add(more)
+                choice.given, choice.ended = len(tokens.ids), finish_reason in ("stop", "length")
+                await self.keeper.settled()
+                # One that had come to its end before it was to be begun anew is not continued beyond it.
+                if choice.restart is not None and not (choice.ended and choice.restart >= len(tokens.ids)):
+                    break
+                if self.by_token or finish_reason:
+                    self._put(choice, tokens, sent, finish_reason)
+                    sent = len(tokens.ids)
+            else:
+                return True
+        choice.begin_anew(tokens, sent)
+        return False
 
     def _put(self, choice: Choice, tokens: Tokens, start: int, finish_reason: FinishReason | None) -> None:
         """Hand on the tokens of the current request from ``start`` on, and what of earlier ones was not yet."""

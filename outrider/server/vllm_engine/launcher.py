@@ -17,7 +17,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
-from urllib.request import Request, urlopen
+from http.client import HTTPException
+from urllib.request import ProxyHandler, Request, build_opener
 
 import msgspec
 import uvicorn
@@ -125,12 +126,13 @@ class _Child:
         reach = f"[{self.host}]" if ":" in self.host else self.host
         reach = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(reach, reach)
         request = Request(f"http://{reach}:{self.port}{routes.INFO}", headers={"Authorization": f"Bearer {self.key}"})
+        direct = build_opener(ProxyHandler({}))  # the key is not for a proxy
         while self.process.poll() is None:
             try:
-                with urlopen(request, timeout=_PATIENCE) as answer:
+                with direct.open(request, timeout=_PATIENCE) as answer:
                     if answer.status == HTTPStatus.OK:
                         return msgspec.json.decode(answer.read(), type=ServerInfo)
-            except OSError:
+            except (OSError, HTTPException):
                 pass
             time.sleep(_INTERVAL)
         return None
@@ -146,6 +148,8 @@ class _Child:
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         self._guard.wait()
+        with contextlib.suppress(ProcessLookupError):  # there is no guard any more if it was killed itself
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def wait(self) -> int:
@@ -161,7 +165,8 @@ class _Child:
             self.lines.append(text)
             # What vLLM's libraries say of themselves at the end helps nobody.
             if not self.told_to_stop or self.config.log_level == "debug":
-                print(text, file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # nobody reads it any more; vLLM must not wait for that
+                    print(text, file=sys.stderr, flush=True)
 
 
 class _Launch:

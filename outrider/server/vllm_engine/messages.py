@@ -67,8 +67,10 @@ AnyReport = TypeVar("AnyReport", bound=Report)
 
 
 def write_order(directory: Path, order: StageOrder) -> Path:
-    """Lay down an order; the file replaces the last one."""
-    path = directory / "stage.order"
+    """Lay down an order, in a file of its own: who comes late must not read the next one."""
+    for old in sorted(directory.glob("stage-*.order"))[:-4]:
+        old.unlink(missing_ok=True)
+    path = directory / f"stage-{order.number:09d}.order"
     _write(path, msgspec.json.encode(order))
     return path
 

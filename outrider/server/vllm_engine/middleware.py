@@ -1,6 +1,7 @@
 """The ASGI middleware of vLLM's server: the key, the server contract, and vLLM's own routes behind them."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -90,6 +91,9 @@ class OutriderMiddleware:
         self.server.registry.register(OtherMetrics(self.server.metric_names()))
         self._asgi = self.server.asgi(key, StockRoutes(app, self.stock))
         await engine.start()
+        # What lives now lives on: looking at all of it again stops everybody for a good part of a second.
+        gc.collect()
+        gc.freeze()
         # Clients that do not get on with their request lose their connection here, too.
         app.state.server.config.http_protocol_class = PatientProtocol
         # vLLM's own handler cuts off what is running; it is left in place for SIGINT.
@@ -105,11 +109,14 @@ class OutriderMiddleware:
 
     async def _stop(self, timeout: float) -> None:
         assert self.server is not None
-        await self.server.drain(timeout)
-        for _ in range(100):  # answers still have to be written
-            if not self._answering:
-                break
-            await asyncio.sleep(0.05)
+        try:
+            await self.server.drain(timeout)
+            for _ in range(100):  # answers still have to be written
+                if not self._answering:
+                    break
+                await asyncio.sleep(0.05)
+        except Exception:
+            logging.getLogger(__name__).exception("draining failed; the server ends")
         stop_reading(self.client)
         os.kill(os.getpid(), signal.SIGINT)
 

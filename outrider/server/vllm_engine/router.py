@@ -66,7 +66,8 @@ class Router:
     async def start(self) -> None:
         """Get ready to ask the servers."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            # Shorter than the servers keep idle connections: none is used that they are just closing.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
             timeout=aiohttp.ClientTimeout(total=None),
             headers={"Authorization": f"Bearer {self.key}"},
             auto_decompress=False,

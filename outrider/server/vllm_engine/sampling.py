@@ -54,10 +54,14 @@ def tokens_of(output: CompletionOutput, alternatives: int) -> Tokens:
     flat: Any = output.logprobs  # FlatLogprobs, since that is what is asked for
     if not ids or flat is None:
         return Tokens(ids, [])
-    each = 1 + alternatives
-    tokens = Tokens(ids, [min(value, 0.0) for value in flat.logprobs[::each]])
-    if alternatives:
-        for start in range(0, len(ids) * each, each):
-            tokens.top_ids += flat.token_ids[start + 1 : start + each]
-            tokens.top_logprobs += flat.logprobs[start + 1 : start + each]
+    tokens = Tokens(ids)
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        tokens.logprobs.append(min(flat.logprobs[start], 0.0))
+        if alternatives:
+            # The sampled token comes first, and once more among the others if it is one of them; outputs that vLLM has
+            # put together list it once, with its rank.
+            places = range(start + 1, end) if end - start > alternatives else range(start, end)
+            likely = sorted(places, key=lambda place: flat.ranks[place])[:alternatives]
+            tokens.top_ids += [flat.token_ids[place] for place in likely]
+            tokens.top_logprobs += [flat.logprobs[place] for place in likely]
     return tokens

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from outrider.server.vllm_engine.messages import Part, TensorSource
+from outrider.weights.buffers import pin
 
 #: Files of published weights that stay mapped: a trainer writes into two of them by turns.
 _MAPPED = 4
+
+
+#: Modules that compute something from their weights after loading, or rearrange them in place.
+_DERIVING = ("FusedMoE", "SharedFusedMoE", "MLAAttention", "MultiHeadLatentAttention")
 
 
 class Unsupported(Exception):
@@ -95,6 +100,12 @@ class _Copies:
     """On a GPU a commit copies, at the memory's speed: recorded graphs hold on to the addresses of the weights."""
 
     def __init__(self, live: nn.Module, shadow: nn.Module) -> None:
+        for name, module in live.named_modules():
+            if type(module).__name__.startswith(_DERIVING):
+                raise Unsupported(
+                    f"{name!r} is a {type(module).__name__}, of which vLLM keeps more than what it loads: mixtures of "
+                    "experts and latent attention cannot take new weights while they run"
+                )
         targets, sources = dict(live.named_parameters()), dict(shadow.named_parameters())
         for name in targets.keys() | sources.keys():
             there, here = targets.get(name), sources.get(name)
@@ -155,8 +166,9 @@ class Sources:
     """Published bytes as tensors, mapped from the files in which they lie. pinned: for copies to a GPU."""
 
     def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
+        self._wants_pinned = pinned
         self._files: dict[tuple[str, int, int], Tensor] = {}
+        self._pinned: set[int] = set()
 
     def tensor(self, source: TensorSource) -> Tensor:
         """A view of the bytes; a copy where they lie in several places. Raises OSError."""
@@ -178,13 +190,12 @@ class Sources:
     def _map(self, path: str) -> Tensor:
         with open(path, "r+b") as file:
             whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-        if self._pinned:
-            problem = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
-            if int(problem) != 0:  # copies then go through a buffer of the driver's, more slowly
-                self._pinned = False
+        if self._wants_pinned and pin(whole):
+            self._pinned.add(whole.data_ptr())
         return whole
 
     def _forget(self, key: tuple[str, int, int]) -> None:
         whole = self._files.pop(key)
-        if self._pinned:
+        if whole.data_ptr() in self._pinned:
+            self._pinned.discard(whole.data_ptr())
             torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())

@@ -66,13 +66,15 @@ class _Member:
         known, and is reported; how long it took is another report, when the GPU has come to it."""
         engine, rank = self.who
         report = CommitReport(number=number, engine=engine, rank=rank, began=time.monotonic())
-        report.progress = sampled_tokens(self.worker.model_runner) if rank == 0 else None
         on_gpu = self.worker.device.type == "cuda"
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        marks: list[torch.cuda.Event] = []
 
         def switch() -> None:
+            if rank == 0:
+                report.progress = sampled_tokens(self.worker.model_runner)
             if self.shadow is None or self.staged != version:
                 raise RuntimeError(f"version {version} is to be committed, {self.staged} is staged")
+            marks.extend(torch.cuda.Event(enable_timing=True) for _ in range(2 if on_gpu else 0))
             for mark in marks[:1]:
                 mark.record()
             self.staged = None
