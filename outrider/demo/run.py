@@ -99,8 +99,8 @@ def running_server(config: DemoConfig, directory: Path) -> Iterator[int]:
             command,
             stdout=output,
             stderr=output,
-            # A session of its own: Ctrl-C is for the trainer, which still needs the server to finish its step.
-            start_new_session=True,
+            # A group of its own: Ctrl-C is for the trainer, which still needs the server to finish its step.
+            process_group=0,
             # A demo that is killed, or whose terminal is closed, takes its server along.
             preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
         )

@@ -110,13 +110,15 @@ class _Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for this process to answer
+            # A group, so that Ctrl-C is for this process to answer, but no session: Linux shares the cores out among
+            # sessions, and workers that spin in one of their own kept others from running for seconds.
+            process_group=0,
         )
         #: Ends vLLM's processes and removes their directory when this process closes its end of the pipe, or is gone.
         self._guard = subprocess.Popen(
             [sys.executable, "-I", guard.__file__, str(self.process.pid), directory],
             stdin=subprocess.PIPE,
-            start_new_session=True,
+            process_group=0,
         )
         self._reader = threading.Thread(target=self._hand_on, daemon=True)
         self._reader.start()
