@@ -55,11 +55,11 @@ async def test_requests_are_shared_out_and_orders_go_to_all(servers: list[Server
             info = await client.get(routes.INFO, ServerInfo)
             assert info.max_num_seqs == 16
             before = await client.greedy([5, 6], 16)
-            running = [asyncio.create_task(client.choices(prompt=[5], n=8, max_tokens=400)) for _ in range(2)]
-            await client.until_running(16)
-            assert [backend.in_flight for backend in router.backends] == [1, 1]
             with publishing(save_endless_model(tmp_path / "other", 1), info, uuid.uuid4().hex[:12]) as publisher:
                 manifest = await asyncio.wrap_future(publisher.publish(4))
+                running = [asyncio.create_task(client.choices(prompt=[5], n=8, max_tokens=1000)) for _ in range(2)]
+                await client.until_running(16)
+                assert [backend.in_flight for backend in router.backends] == [1, 1]
                 assert (await client.stage(manifest)).staged_version == 4
                 assert (await client.commit(manifest)).version == 4
                 assert await client.metric("outrider:weight_version") == 4
