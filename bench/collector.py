@@ -142,7 +142,7 @@ def make_spec(directory: Path, level: Level, urls: Sequence[str]) -> CollectorSp
 
 def make_plan(spec: CollectorSpec, level: Level, packs: bool) -> Plan:
     """Servers that fit the run."""
-    _, expected = load_identity(spec)
+    _, expected, _ = load_identity(spec)
     draw, source = np.random.default_rng(0), random.Random(0)
     info = ServerInfo(
         engine="torch", engine_version="0", model=spec.model, model_fingerprint=expected.model_fingerprint,

@@ -22,7 +22,7 @@ class BadAnswer(Exception):
 
 
 class _Logprobs(msgspec.Struct):
-    token_logprobs: list[float]
+    token_logprobs: list[float] = []
 
 
 class _Choice(msgspec.Struct):
@@ -43,8 +43,9 @@ _decode_packed = msgspec.msgpack.Decoder(PackedCompletion).decode
 _decode_json = msgspec.json.Decoder(_Response).decode
 
 
-def read_answer(body: bytes, content_type: str, server: str) -> list[Completion]:
-    """The completions of an answer. server: its URL. Raises BadAnswer, and MsgspecError for what is no answer."""
+def read_answer(body: bytes, content_type: str, server: str, version: int | None = None) -> list[Completion]:
+    """The completions of an answer. server: its URL. version: of all tokens, where the server does not say it. Raises
+    BadAnswer, and MsgspecError for what is no answer."""
     if content_type.startswith(PACKED_MEDIA_TYPE):
         return [
             _completion(c.token_ids, c.logprobs, c.weight_versions, c.text, c.finish_reason, server)
@@ -52,14 +53,15 @@ def read_answer(body: bytes, content_type: str, server: str) -> list[Completion]
         ]
     completions = []
     for choice in _decode_json(body).choices:
-        if choice.token_ids is None or choice.logprobs is None or choice.weight_versions is None:
+        tokens, versions = choice.token_ids, choice.weight_versions
+        if version is not None:
+            tokens = tokens or []
+            versions = [(version, len(tokens))] if tokens else []
+        # Of a choice that was ended before its first token there are none.
+        logprobs = choice.logprobs.token_logprobs if choice.logprobs else None if tokens else []
+        if tokens is None or logprobs is None or versions is None:
             raise BadAnswer(f"{server} left out token ids, log-probabilities or versions")
-        logprobs = choice.logprobs.token_logprobs
-        completions.append(
-            _completion(
-                choice.token_ids, logprobs, choice.weight_versions, choice.text, choice.finish_reason, server
-            )
-        )  # fmt: skip
+        completions.append(_completion(tokens, logprobs, versions, choice.text, choice.finish_reason, server))
     return completions
 
 

@@ -61,16 +61,20 @@ class ServerClient:
     async def complete(self, request: CompletionRequest, run_id: str) -> list[Completion]:
         """Ask for completions sampled from the weights of ``run_id``. Raises ServerLost, Refused or BadAnswer."""
         headers = {routes.RUN_HEADER: run_id, "Accept": ACCEPT}
+        return await self._completed(self._encode(request), headers, None)
+
+    async def _completed(self, body: bytes, headers: dict[str, str], version: int | None) -> list[Completion]:
+        """The completions that the server answers. version: see ``read_answer``."""
         try:
-            async with self._data.post(self._completions, data=self._encode(request), headers=headers) as answer:
-                body = await answer.read()
+            async with self._data.post(self._completions, data=body, headers=headers) as answer:
+                content = await answer.read()
                 if answer.status == 200:
-                    return read_answer(body, answer.headers.get("Content-Type", ""), self.url)
+                    return read_answer(content, answer.headers.get("Content-Type", ""), self.url, version)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ServerLost(f"{self.url}: {_reason(error)}") from error
         except msgspec.MsgspecError as error:
             raise Refused(502, f"{self.url} answered what is not a completion: {error}") from error
-        raise Refused(answer.status, _message(body))
+        raise Refused(answer.status, _message(content))
 
     async def health(self) -> None:
         """Whether its engine works. Raises ServerLost or Refused."""

@@ -36,6 +36,13 @@ class ServersConfig(Section):
         str | None,
         option("Address under which servers on other hosts reach this one for weights (default: found by routing)"),
     ] = None
+    weight_transport: Annotated[
+        Literal["staged", "nccl"],
+        option(
+            "How weights reach the servers. staged: outrider's servers fetch them beside those in use. nccl: vLLM "
+            "servers that were started without outrider get them by vLLM's own routes, and pause for it"
+        ),
+    ] = "staged"
     max_concurrent_rollouts: Annotated[
         PositiveInt | None, option("Rollouts in flight on one server (default: twice its max_num_seqs)")
     ] = None
@@ -128,12 +135,13 @@ class StalenessConfig(Section):
     ] = None  # fmt: skip
     async_generate: Annotated[bool | None, option("ms-swift's name for --max_staleness 1")] = None
     inflight: Annotated[
-        Inflight,
+        Inflight | None,
         option(
             "Rollouts in flight when a server takes new weights: keep: go on with their keys and values; recompute: "
-            "make these anew and keep the tokens; wait: end them first, starting no others"
+            "make these anew and keep the tokens; wait: end them first, starting no others (default: keep, and "
+            "recompute with --weight_transport nccl, which cannot keep)"
         ),
-    ] = "keep"
+    ] = None
     max_empty_batches: Annotated[
         int, option("Stop after so many batches in a row in which no group had two different rewards", ge=1)
     ] = 20

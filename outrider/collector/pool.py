@@ -1,6 +1,7 @@
 """The servers of a run: who takes the next request, and what is done when one fails."""
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -85,7 +86,8 @@ class Pool:
         """
         assert isinstance(request.prompt, list)
         assert request.max_tokens is not None
-        for attempt in range(self.tries + 1):
+        fruitless = 0
+        for attempt in itertools.count():
             done = len(completion.tokens)
             if done >= request.max_tokens:
                 completion.finish_reason = "length"
@@ -108,7 +110,9 @@ class Pool:
             # Not the sum of two texts: a character or a space may lie across the cut.
             completion.text = _until_stop(self._decode(completion.tokens), request)
             completion.finish_reason, completion.server = more.finish_reason, more.server
-        raise RolloutFailed(f"cut off {self.tries + 1} times by draining servers")
+            fruitless = 0 if len(more.tokens) else fruitless + 1
+            if fruitless > self.tries:
+                raise RolloutFailed(f"cut off {fruitless} times in a row before the next token")
 
     async def _ask(self, first: Server | None, request: CompletionRequest, at_least: int) -> list[Completion]:
         pause, server = BACKOFF[0], first

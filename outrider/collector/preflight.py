@@ -86,6 +86,7 @@ def _refusal(url: str, error: Refused, given_key: str | None) -> str:
     if error.status == 404:
         return (
             f"rollout server {url}: it answers, but has no /outrider/info, so it is not an Outrider server. "
-            "Start one with `outrider rollout --model MODEL`"
+            "Start one with `outrider rollout --model MODEL`, or train against a vLLM server as it is by "
+            "--weight_transport nccl"
         )
     return f"rollout server {url}: {error}"

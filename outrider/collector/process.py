@@ -37,6 +37,7 @@ from outrider.collector.setup import (
     sampling_template,
     start_rewards,
 )
+from outrider.collector.stock_client import StockClient, TrainerFacts
 from outrider.contract.errors import UserError
 from outrider.contract.feed import (
     Begin,
@@ -142,11 +143,11 @@ class CollectorProcess:
 
     async def _serve(self, spec: CollectorSpec) -> None:
         key = client_key(spec.servers.vllm_server_api_key)
-        tokenizer, expected = load_identity(spec)
+        tokenizer, expected, facts = load_identity(spec)
         sources = load_sources(spec)
         rewards = start_rewards(spec, sources)
         self.closers.callback(rewards.close)
-        servers = await self._reach_servers(spec, expected, key)
+        servers = await self._reach_servers(spec, expected, facts, key)
         train, held_out = prompt_sets(spec, tokenizer, sources, [s.info for s in servers if s.info is not None])
 
         def decode(tokens: Sequence[int]) -> str:
@@ -176,10 +177,16 @@ class CollectorProcess:
         self.closers.push_async_callback(self._end_tasks)
         await self._converse(self.collector, evaluation)
 
-    async def _reach_servers(self, spec: CollectorSpec, expected: Expected, key: str) -> list[Server]:
-        servers = []
+    async def _reach_servers(
+        self, spec: CollectorSpec, expected: Expected, facts: TrainerFacts, key: str
+    ) -> list[Server]:
+        servers, stock = [], spec.servers.weight_transport == "nccl"
         for url in spec.server_urls:
-            client = ServerClient(url, key)
+            client = (
+                StockClient(url, key, facts, spec.servers.weight_host or own_address(url))
+                if stock
+                else ServerClient(url, key)
+            )
             self.closers.push_async_callback(client.close)
             servers.append(Server(client))
         infos = await asyncio.gather(

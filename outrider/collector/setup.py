@@ -4,22 +4,27 @@ from typing import Any
 
 import msgspec
 
-from outrider.collector.config import CollectorSpec
+from outrider.collector.config import CollectorSpec, SamplingConfig
 from outrider.collector.preflight import Expected
 from outrider.collector.prompts import PromptSet, load_rows, split_rows
 from outrider.collector.reward_runner import RewardRunner
+from outrider.collector.stock_client import TrainerFacts
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest
 from outrider.contract.identity import SPECIAL_TOKENS, model_fingerprint, tokenizer_hash
 from outrider.rewards.loading import load_reward
 
+#: A text on which tokenizers differ: words, digits, signs, spaces, another script.
+PROBE = "Two  plus 40 is 42, naïve 東京!\n"
+
 #: Rows and the names of their columns.
 Source = tuple[Any, list[str]]
 
 
-def load_identity(spec: CollectorSpec) -> tuple[Any, Expected]:
-    """Tokenizer of the trainer's model, and the fingerprints that servers must have. Raises UserError."""
+def load_identity(spec: CollectorSpec) -> tuple[Any, Expected, TrainerFacts]:
+    """Tokenizer of the trainer's model, the fingerprints that servers must have, and what stands in for them where a
+    server has none. Raises UserError."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -33,9 +38,27 @@ def load_identity(spec: CollectorSpec) -> tuple[Any, Expected]:
         model_fingerprint=model_fingerprint(config.to_dict()),
         tokenizer_hash=tokenizer_hash(tokenizer.get_vocab(), special),
         max_completion_length=spec.sampling.max_completion_length,
-        inflight=spec.staleness.inflight,
+        inflight=spec.staleness.inflight or ("recompute" if spec.servers.weight_transport == "nccl" else "keep"),
     )
-    return tokenizer, expected
+    text = config.get_text_config()
+    facts = TrainerFacts(
+        model_fingerprint=expected.model_fingerprint,
+        tokenizer_hash=expected.tokenizer_hash,
+        torch_dtype="float16" if str(config.dtype) == "torch.float16" else "bfloat16",
+        vocab_size=text.vocab_size,
+        plain_sampling=_is_plain(spec.sampling),
+        probe=(PROBE, tokenizer.encode(PROBE, add_special_tokens=False)),
+    )
+    return tokenizer, expected, facts
+
+
+def _is_plain(sampling: SamplingConfig) -> bool:
+    """Whether tokens are drawn from the model's own distribution."""
+    return (
+        sampling.temperature == sampling.top_p == sampling.repetition_penalty == 1
+        and sampling.top_k <= 0
+        and sampling.min_p == sampling.presence_penalty == sampling.frequency_penalty == 0
+    )
 
 
 def load_sources(spec: CollectorSpec) -> tuple[Source, Source | None]:

@@ -158,10 +158,18 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def rig(
-    urls: list[str], run_id: str, *, keep: bool = True, key: str = KEY, tries: int = 8, inflight: Inflight = "keep"
+    urls: list[str],
+    run_id: str,
+    *,
+    keep: bool = True,
+    key: str = KEY,
+    tries: int = 8,
+    inflight: Inflight = "keep",
+    connect: Callable[[str, str], ServerClient] = ServerClient,
 ) -> AsyncIterator[Rig]:
-    """Pool and keepers over the servers at ``urls``. keep: let keepers run; otherwise the test does their work."""
-    servers = [Server(ServerClient(url, key)) for url in urls]
+    """Pool and keepers over the servers at ``urls``. keep: let keepers run; otherwise the test does their work.
+    connect: makes the client of a URL and a key."""
+    servers = [Server(connect(url, key)) for url in urls]
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
 
     def decode(tokens: Sequence[int]) -> str:

@@ -274,7 +274,7 @@ async def test_a_completion_that_is_always_cut_off_is_given_up() -> None:
     async with serving(Stub(choices=cut_off)) as stub, rig([stub.url], "run", tries=2) as made:  # type: ignore[arg-type]
         made.announce(manifest(0))
         await made.ready(0)
-        with pytest.raises(RolloutFailed, match="cut off 3 times by draining servers"):
+        with pytest.raises(RolloutFailed, match="cut off 3 times in a row"):
             await made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 2, 0))
         [full] = await made.pool.complete(None, with_prompt(TEMPLATE, PROMPT, 1, 7))
         assert (len(full.tokens), full.finish_reason) == (8, "length")
