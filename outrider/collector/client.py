@@ -10,7 +10,6 @@ import msgspec
 from outrider.collector.answers import ACCEPT, read_answer
 from outrider.contract import routes
 from outrider.contract.control import CommitRequest, Inflight, ServerInfo, StageRequest, WeightStatus
-from outrider.contract.errors import ErrorBody
 from outrider.contract.generation import CompletionRequest
 from outrider.contract.manifest import Manifest
 from outrider.environments.base import Completion
@@ -24,6 +23,16 @@ Answer = TypeVar("Answer", bound=msgspec.Struct)
 INFO_TIMEOUT = 5.0
 STAGE_TIMEOUT = 600.0
 COMMIT_TIMEOUT: dict[Inflight, float] = {"keep": 60.0, "recompute": 60.0, "wait": 3600.0}
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _ErrorBody(msgspec.Struct):
+    """The part of an error that is needed here: other servers fill the rest with what they like."""
+
+    error: _Error
 
 
 class ServerLost(Exception):
@@ -150,6 +159,6 @@ def _reason(error: BaseException) -> str:
 def _message(body: bytes) -> str:
     """The message of an error in OpenAI's shape, else the beginning of the body."""
     try:
-        return msgspec.json.decode(body, type=ErrorBody).error.message
+        return msgspec.json.decode(body, type=_ErrorBody).error.message
     except msgspec.MsgspecError:
         return body[:200].decode(errors="replace").strip() or "no explanation"
