@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # GPU 0 trains, GPU 1 generates with vLLM's own server, to which weights are sent by NCCL.
 . "$(dirname "$0")/common.sh"
-CUDA_VISIBLE_DEVICES=1 VLLM_SERVER_DEV_MODE=1 vllm serve "$MODEL" --host 127.0.0.1 --port 8000 \
-  --weight-transfer-config '{"backend":"nccl"}' --logprobs-mode processed_logprobs &
-SERVERS+=($!)
+if [[ " $* " != *" --dry_run "* ]]; then
+  CUDA_VISIBLE_DEVICES=1 VLLM_SERVER_DEV_MODE=1 vllm serve "$MODEL" --host 127.0.0.1 --port 8000 \
+    --weight-transfer-config '{"backend":"nccl"}' --logprobs-mode processed_logprobs &
+  SERVERS+=($!)
+fi
 train 0 --weight_transport nccl --vllm_server_host 127.0.0.1 --vllm_server_port 8000 "$@"
