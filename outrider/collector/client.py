@@ -52,6 +52,11 @@ class ServerClient:
     """Speaks the server contract. A completion has no deadline of its own, since a long rollout is not a dead
     server: its connection is dropped by :meth:`drop_requests` when probes say that the server is gone."""
 
+    #: What is asked to find out whether somebody is there.
+    probed = routes.INFO
+    #: Whether a connection serves one request after another.
+    keeps_connections = True
+
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -62,7 +67,9 @@ class ServerClient:
 
     def _session(self, limit: int) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=60.0),
+            connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=60.0)
+            if self.keeps_connections
+            else aiohttp.TCPConnector(limit=limit, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
             headers={**self._headers, "Content-Type": "application/json"},
         )

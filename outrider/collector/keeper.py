@@ -113,7 +113,10 @@ class Keeper:
 
     async def _probe(self) -> None:
         """Raises ServerLost when the server is gone, or holds other weights than it was given: it was restarted."""
-        info = await self._look()
+        try:
+            info = await self._look()
+        except UserError as error:  # started again, as one that cannot be used: the others go on
+            raise ServerLost(str(error)) from error
         manifest = self.newest()
         if manifest is not None and (info.run_id, info.version) != (manifest.run_id, self.server.version):
             raise ServerLost(

@@ -58,7 +58,7 @@ async def wait_for_server(
         except ServerLost as error:
             waited = time.monotonic() - started
             if waited > timeout:
-                raise UserError(_unreachable(client.url, timeout, str(error))) from error
+                raise UserError(_unreachable(client, timeout, str(error))) from error
             if not announced and waited > 2.0:
                 notice(f"waiting for server {client.url} ({error}), up to {timeout:g} s")
                 announced = True
@@ -67,10 +67,10 @@ async def wait_for_server(
         await asyncio.sleep(0.3)
 
 
-def _unreachable(url: str, timeout: float, problem: str) -> str:
+def _unreachable(client: ServerClient, timeout: float, problem: str) -> str:
     return (
-        f"rollout server {url}: not reachable within --vllm_server_timeout {timeout:g} s. "
-        f"Tried GET {url}/outrider/info until then; the last answer: {problem}. "
+        f"rollout server {client.url}: not reachable within --vllm_server_timeout {timeout:g} s. "
+        f"Tried GET {client.url}{client.probed} until then; the last answer: {problem}. "
         "Check that `outrider rollout` runs there and has printed 'ready', that "
         "--vllm_server_host and --vllm_server_port name it, and that no firewall lies between"
     )

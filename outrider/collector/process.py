@@ -26,7 +26,6 @@ from outrider.collector.ledger import Ledger
 from outrider.collector.pool import Pool
 from outrider.collector.preflight import Expected, check_server, wait_for_server
 from outrider.collector.prompts import PromptSet
-from outrider.collector.segments import SegmentServer, own_address
 from outrider.collector.server import Server
 from outrider.collector.setup import (
     evaluation_template,
@@ -55,6 +54,7 @@ from outrider.contract.keys import client_key
 from outrider.contract.lifetime import die_with_parent
 from outrider.contract.manifest import DTypeName, Manifest
 from outrider.environments.single_turn import SingleTurn
+from outrider.weights.segment_server import SegmentServer, own_address
 
 log = logging.getLogger(__name__)
 

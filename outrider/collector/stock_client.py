@@ -7,15 +7,16 @@ for them, and takes back those that vLLM has not begun. So every answer is of on
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
-from outrider.collector.client import INFO_TIMEOUT, Refused, ServerClient, ServerLost
+from outrider.collector.client import INFO_TIMEOUT, Answer, Refused, ServerClient, ServerLost
 from outrider.collector.nccl_link import LinkFailed, NcclLink
 from outrider.contract import routes
 from outrider.contract.control import Inflight, ServerInfo, WeightStatus
@@ -24,32 +25,39 @@ from outrider.contract.generation import CompletionRequest
 from outrider.contract.identity import host_identity
 from outrider.contract.manifest import Manifest
 from outrider.environments.base import Completion, logprob_array, token_array
-from outrider.weights.nccl_orders import Connect, Load, Send
+from outrider.weights.nccl_orders import Connect, Load, Prepare, Send
 
 log = logging.getLogger(__name__)
 
-#: Seconds that each phase of an update may take. "wait" of --inflight lets rollouts end first.
-CONNECT, LOAD, PAUSE, PAUSE_WAIT, START, UPDATE, FINISH, RESUME = 180.0, 600.0, 60.0, 3600.0, 60.0, 600.0, 120.0, 60.0
+#: Seconds that each phase of an update may take. "wait" of --inflight lets rollouts end first. vLLM's workers try for
+#: five minutes to join a group, and hear nothing else meanwhile.
+PREPARE, CONNECT, LOAD, PAUSE, PAUSE_WAIT, START = 180.0, 330.0, 600.0, 60.0, 3600.0, 60.0
+UPDATE, FINISH, RESUME = 600.0, 120.0, 60.0
 #: Seconds for the end of an update that has failed: where workers wait for a sender that is gone, it does not come.
 ABANDON = 20.0
-#: How often a server is told to resume, if it does not.
-RESUMPTIONS = 3
+#: How often a server is told to resume, if it does not, and seconds between two times.
+RESUMPTIONS, AGAIN = 20, 0.25
 #: Seconds for the answers of requests that a pause has ended. What comes later is not in vLLM's scheduler yet.
 ANSWERS = 2.0
-#: Bytes and number of the buffers in which tensors travel: vLLM's defaults, said to both sides.
-BUFFER_BYTES, BUFFERS = 2**30, 2
+#: Bytes and number of the buffers in which tensors travel, said to both sides. The sender's are on the trainer's GPU.
+BUFFER_BYTES, BUFFERS = 2**28, 2
 #: Updates in a row that may fail before the run ends.
 FAILURES = 5
 #: Sequences that vLLM decodes at once by default. It does not say how many it was told.
 MAX_NUM_SEQS = 256
-#: Where ``packed`` moved from the update's description to that of the group.
-_PACKED_AT_INIT = (0, 28)
+#: The first version with these routes, and the one in which ``packed`` moved from an update's description to the
+#: group's.
+_OLDEST, _PACKED_AT_INIT = (0, 24), (0, 28)
 
 _START_TIME = re.compile(rb"^process_start_time_seconds(?:\{.*\})? ([\d.e+]+)", re.MULTILINE)
 _HOW = (
     'start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend":"nccl"}\' '
     "--logprobs-mode processed_logprobs"
 )
+#: Sampling parameters that vLLM takes from the model's generation_config.json where a request leaves them out.
+_DEFAULTED = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ class TrainerFacts:
 class StockClient(ServerClient):
     """Speaks the server contract to the collector, and vLLM's own routes to the server."""
 
+    probed = routes.MODELS
+    keeps_connections = False  # vLLM closes them after an error, or when idle, and a POST on one would be lost
+
     def __init__(self, url: str, key: str, facts: TrainerFacts, address: str) -> None:
         """address: of this host, as the server reaches it."""
         super().__init__(url, key)
@@ -85,8 +96,8 @@ class StockClient(ServerClient):
         self._known: ServerInfo | None = None
         self._open = asyncio.Event()
         self._open.set()
-        self._cut = asyncio.Event()
         self._running: set[asyncio.Task[list[Completion]]] = set()
+        self._updating: asyncio.Task[float] | None = None
         self._failures = 0
 
     # ---- requests ----------------------------------------------------------------------------------------------
@@ -96,25 +107,20 @@ class StockClient(ServerClient):
         await self._open.wait()
         if run_id != self._run_id:
             raise Refused(409, f"{self.url} holds no weights of this run")
-        version = self._version
-        asking = asyncio.create_task(self._complete(request, version))
+        asking = asyncio.create_task(self._complete(request, self._version))
         self._running.add(asking)
-        cut = asyncio.create_task(self._cut.wait())
         try:
-            await asyncio.wait({asking, cut}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return asking.result()
-            return [Completion(token_array([]), logprob_array([]), [], "", "abort", self.url) for _ in range(request.n)]
+            await asyncio.wait({asking})
         finally:
-            cut.cancel()
             asking.cancel()
             self._running.discard(asking)
+        if asking.cancelled():  # taken back by a commit
+            return [Completion(token_array([]), logprob_array([]), [], "", "abort", self.url) for _ in range(request.n)]
+        return asking.result()
 
     async def _complete(self, request: CompletionRequest, version: int) -> list[Completion]:
         body = msgspec.to_builtins(request)
-        # Whatever is left out, vLLM takes from the model's generation_config.json.
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            body[name] = getattr(request, name)
+        body |= {name: getattr(request, name) for name in _DEFAULTED}
         return await self._completed(msgspec.json.encode(body), {}, version)
 
     async def drop_requests(self) -> None:
@@ -123,10 +129,12 @@ class StockClient(ServerClient):
         await self._forget()
 
     async def close(self) -> None:
-        """Close all connections, and have vLLM let go of the group where it can."""
+        """Close all connections, once an update that is under way has ended, and have vLLM let go of the group."""
+        if self._updating is not None:
+            await asyncio.wait({self._updating})
         if self._connected:
-            with_route = self._bytes("POST", "/shutdown_weight_transfer_engine", b"", INFO_TIMEOUT)
-            await asyncio.gather(with_route, return_exceptions=True)  # older ones have no such route
+            self._connected = False
+            await self._let_go()
         await self._link.close()
         await super().close()
 
@@ -136,8 +144,10 @@ class StockClient(ServerClient):
         """What it says of itself, and for the rest what the trainer's model is. Raises ServerLost, Refused, and
         UserError where it cannot be trained against."""
         life = await self._read_life()
-        if self._known is None or life != self._life:
+        if life != self._life or not await self._holds_what_it_was_given():
+            self._known = None
             await self._forget()
+        if self._known is None:
             self._known, self._life = await self._meet(), life
         self._known.version, self._known.run_id = self._version, self._run_id
         return self._known
@@ -146,19 +156,25 @@ class StockClient(ServerClient):
         found = _START_TIME.search(await self._bytes("GET", routes.METRICS, None, INFO_TIMEOUT))
         return found.group(1) if found else None
 
+    async def _holds_what_it_was_given(self) -> bool:
+        """By the name of its weights, where it has one for them."""
+        if not self._run_id or self._updating is not None:
+            return True
+        try:
+            content = await self._bytes("GET", "/weight_info", None, INFO_TIMEOUT)
+        except Refused:
+            return True  # an older one does not say
+        return _decoded(content, _WeightInfo).weight_version == _label(self._run_id, self._version)
+
     async def _meet(self) -> ServerInfo:
+        """Find out whom we have to do with; once in a server's life."""
         facts = self._facts
-        try:
-            models = msgspec.json.decode(await self._bytes("GET", routes.MODELS, None, INFO_TIMEOUT), type=_Models)
-            version = msgspec.json.decode(await self._bytes("GET", "/version", None, INFO_TIMEOUT), type=_Version)
-        except msgspec.MsgspecError as error:
-            raise UserError(f"server {self.url} is not a vLLM server: {error}") from error
-        try:
-            await self._bytes("GET", "/get_world_size", None, INFO_TIMEOUT)
-        except Refused as error:
-            if error.status != 404:
-                raise
-            raise UserError(f"server {self.url} has no routes to change its weights: {_HOW}") from error
+        models = _decoded(await self._ask_stock(routes.MODELS), _Models)
+        version = _decoded(await self._ask_stock("/version"), _Version)
+        await self._ask_stock("/get_world_size")
+        if _decoded(await self._ask_stock("/is_paused"), _Paused).is_paused:
+            log.warning("%s is paused, by somebody who has not come to resume it; it is resumed", self.url)
+            await self._end_update(failed=True)
         await self._check_tokenizer()
         if not facts.plain_sampling and not await self._logprobs_are_processed():
             raise UserError(
@@ -175,10 +191,20 @@ class StockClient(ServerClient):
             capabilities=("inflight_recompute", "inflight_wait"),
         )  # fmt: skip
 
+    async def _ask_stock(self, path: str) -> bytes:
+        try:
+            return await self._bytes("GET", path, None, INFO_TIMEOUT)
+        except Refused as error:
+            if error.status != 404:
+                raise
+            raise UserError(
+                f"server {self.url} has no {path}, which vLLM has when its weights may be changed: {_HOW}"
+            ) from error
+
     async def _check_tokenizer(self) -> None:
         text, expected = self._facts.probe
         body = msgspec.json.encode({"prompt": text, "add_special_tokens": False})
-        answer = msgspec.json.decode(await self._bytes("POST", "/tokenize", body, INFO_TIMEOUT), type=_Tokens)
+        answer = _decoded(await self._bytes("POST", "/tokenize", body, INFO_TIMEOUT), _Tokens)
         if answer.tokens != expected:
             raise UserError(
                 f"server {self.url}: its tokenizer makes {answer.tokens} of {text!r}, the trainer's makes {expected}: "
@@ -186,17 +212,12 @@ class StockClient(ServerClient):
             )
 
     async def _logprobs_are_processed(self) -> bool:
-        """Whether the temperature shows in the log-probabilities: at 2 they lie half as far apart as at 1."""
-        spreads = []
-        for temperature in (1.0, 2.0):
-            body = msgspec.json.encode(
-                {"prompt": self._facts.probe[1], "max_tokens": 1, "temperature": temperature, "logprobs": 5,
-                 "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-            )  # fmt: skip
-            answer = msgspec.json.decode(await self._bytes("POST", routes.COMPLETIONS, body, 60.0), type=_Probed)
-            values = answer.choices[0].logprobs.top_logprobs[0].values()
-            spreads.append(max(values) - min(values))
-        return spreads[1] < 0.75 * spreads[0] or spreads[0] == 0
+        """Whether truncation shows in the log-probabilities: where only one token is left, it has all probability."""
+        body = {"prompt": self._facts.probe[1], "max_tokens": 1, "top_k": 1, "temperature": 1.0, "logprobs": 2,
+                "return_tokens_as_token_ids": True}  # fmt: skip
+        content = await self._bytes("POST", routes.COMPLETIONS, msgspec.json.encode(body), 60.0)
+        first, *others = sorted(_decoded(content, _Probed).choices[0].logprobs.top_logprobs[0].values(), reverse=True)
+        return abs(first) < 1e-3 and all(other < -1000 for other in others)
 
     async def status(self) -> WeightStatus:
         """What it holds, as far as is known here."""
@@ -212,7 +233,7 @@ class StockClient(ServerClient):
         try:
             await self._link.order(Load(manifest), LOAD)
         except LinkFailed as error:
-            self._connected = False
+            self._connected = self._link.alive
             raise Refused(409, str(error)) from error
         self._manifest = manifest
         return WeightStatus(
@@ -221,40 +242,51 @@ class StockClient(ServerClient):
         )  # fmt: skip
 
     async def commit(self, run_id: str, version: int, inflight: Inflight = "recompute") -> WeightStatus:
-        """Pause, send, resume. However that ends, the server is told to resume. Raises ServerLost where it holds
-        weights that are in no defined state, and UserError after ``FAILURES`` of these in a row."""
+        """Pause, send, resume. Once begun it goes on to its end, also when this call is cancelled: else workers would
+        wait in it for ever. Raises ServerLost where the server holds weights that are in no defined state, and
+        UserError after ``FAILURES`` of these in a row."""
         manifest = self._manifest
         if manifest is None or (manifest.run_id, manifest.version) != (run_id, version):
             raise Refused(409, f"version {version} is to be committed and not staged")
+        self._updating = asyncio.create_task(self._update(manifest, inflight))
+        self._updating.add_done_callback(lambda _: setattr(self, "_updating", None))
+        seconds = await asyncio.shield(self._updating)
+        return WeightStatus(version=version, run_id=run_id, state="idle", commit_seconds=seconds)
+
+    async def _update(self, manifest: Manifest, inflight: Inflight) -> float:
+        """Seconds that it took. However it ends, the server is told to resume."""
         began = time.monotonic()
         self._open.clear()
-        problem: Exception | None = None
         self._version, self._run_id = 0, ""
+        problem: Exception | None = None
         try:
             await self._pause(inflight)
             await self._transfer(manifest)
-        except (ServerLost, Refused, LinkFailed) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the server must not stay as it is
             problem = error
-        finally:
-            # Also when this is cancelled: nobody else would do it.
-            left_paused = await asyncio.shield(self._resume(failed=problem is not None))
-            if problem is None and left_paused is None:
-                self._version, self._run_id = version, run_id
-            self._open.set()
-        if problem is not None or left_paused is not None:
-            await self._fail(version, problem, left_paused)
-        self._failures = 0
-        seconds = time.monotonic() - began
-        return WeightStatus(version=version, run_id=run_id, state="idle", commit_seconds=seconds)
+        paused = await self._end_update(failed=problem is not None)
+        if problem is None and paused is None:
+            self._version, self._run_id, self._failures = manifest.version, manifest.run_id, 0
+        self._open.set()
+        if problem is None and paused is None:
+            return time.monotonic() - began
+        self._failures += 1
+        text = f"version {manifest.version} of the weights" + (f": {problem}" if problem else "")
+        if paused is not None:
+            text += f"; and it did not resume ({paused}): restart it if it stays so"
+        if self._failures >= FAILURES:
+            raise UserError(f"server {self.url}: {self._failures} updates in a row have failed; the last: {text}")
+        raise ServerLost(f"{self.url}: {text}") from problem
 
     async def _pause(self, inflight: Inflight) -> None:
         wait = inflight == "wait"
         await self._phase(f"/pause?mode={'wait' if wait else 'abort'}", PAUSE_WAIT if wait else PAUSE)
         if self._running:
             await asyncio.wait(set(self._running), timeout=ANSWERS)
-        self._cut.set()
-        await asyncio.sleep(0)  # those that are cut go on, and let go of their connections
-        self._cut = asyncio.Event()
+        for asking in (late := set(self._running)):
+            asking.cancel()
+        if late:
+            await asyncio.wait(late)
 
     async def _transfer(self, manifest: Manifest) -> None:
         await self._phase("/start_weight_update", START, {"is_checkpoint_format": True})
@@ -268,37 +300,50 @@ class StockClient(ServerClient):
         receiving = asyncio.create_task(self._phase("/update_weights", UPDATE, {"update_info": update}))
         sending = asyncio.create_task(self._link.order(Send(BUFFER_BYTES, BUFFERS), UPDATE))
         await _both(receiving, sending)
-        await self._phase("/finish_weight_update", FINISH, {"weight_version": f"{manifest.run_id}:{manifest.version}"})
+        label = _label(manifest.run_id, manifest.version)
+        await self._phase("/finish_weight_update", FINISH, {"weight_version": label})
 
-    async def _resume(self, failed: bool) -> str | None:
-        """What went wrong with it, or None. failed: the update has; it is brought to an end, so that the next one can
-        begin."""
+    async def _end_update(self, failed: bool) -> str | None:
+        """Have the server resume; what went wrong with that, or None. failed: the update has. vLLM then holds some
+        layers open for weights, and takes a part of them for the next ones unless they are closed."""
         if failed:
             self._connected = False
             await self._link.close()
-            await asyncio.gather(self._phase("/finish_weight_update", ABANDON, {}), return_exceptions=True)
-        problem: str | None = None
+            if not await self._is_done("/finish_weight_update") and await self._is_done("/start_weight_update"):
+                await self._is_done("/finish_weight_update")
+        problem = ""
         for _ in range(RESUMPTIONS):
             try:
                 await self._phase("/resume", RESUME)
-                return None
-            except (ServerLost, Refused) as error:  # such as a connection that vLLM has closed after its error
+                if not _decoded(await self._bytes("GET", "/is_paused", None, RESUME), _Paused).is_paused:
+                    return None
+                problem = "it says that it is paused"  # a pause that was still under way
+            except ServerLost as error:
                 problem = str(error)
-                await asyncio.sleep(0.1)
+                if "no answer within" in problem:
+                    break
+            except Refused as error:
+                problem = str(error)
+            await asyncio.sleep(AGAIN)
         return problem
 
-    async def _fail(self, version: int, problem: Exception | None, left_paused: str | None) -> NoReturn:
-        self._failures += 1
-        text = f"version {version} of the weights: {problem}" if problem else f"version {version} of the weights"
-        if left_paused is not None:
-            text += f"; and it did not resume ({left_paused}): restart it if it stays so"
-        if self._failures >= FAILURES:
-            raise UserError(f"server {self.url}: {self._failures} updates in a row have failed; the last: {text}")
-        raise ServerLost(f"{self.url}: {text}")
+    async def _is_done(self, path: str) -> bool:
+        """Whether a phase was gone through, in the time there is after a failure."""
+        try:
+            await self._phase(path, ABANDON, {})
+        except (ServerLost, Refused) as error:
+            log.info("after a failed update: %s", error)
+            return False
+        return True
 
     async def _connect(self) -> None:
         """A new group with all workers of the server, of which the process on this host is rank 0."""
-        size = msgspec.json.decode(await self._bytes("GET", "/get_world_size", None, INFO_TIMEOUT), type=_WorldSize)
+        try:
+            await self._link.order(Prepare(), PREPARE)
+        except LinkFailed as error:
+            raise UserError(f"--weight_transport nccl: {error}") from error
+        await self._let_go()
+        size = _decoded(await self._bytes("GET", "/get_world_size", None, INFO_TIMEOUT), _WorldSize)
         port = await _free_port(self._address)
         init = {"master_address": self._address, "master_port": port, "rank_offset": 1,
                 "world_size": 1 + size.world_size}  # fmt: skip
@@ -313,7 +358,16 @@ class StockClient(ServerClient):
                 500,
                 f"{error} (the server was told to reach this host under {self._address}; --weight_host says another)",
             ) from error
+        except Refused as error:
+            if "not configured" in error.message:
+                raise UserError(f"server {self.url} takes no weights ({error.message}): {_HOW}") from error
+            raise
         self._connected = True
+
+    async def _let_go(self) -> None:
+        """Have vLLM forget a group that there was: it keeps memory on its GPUs. Older ones have no such route."""
+        with contextlib.suppress(ServerLost, Refused):
+            await self._bytes("POST", "/shutdown_weight_transfer_engine", b"", INFO_TIMEOUT)
 
     async def _phase(self, path: str, deadline: float, body: object = None) -> None:
         """One of vLLM's routes. Raises ServerLost or Refused, with its name and the server's error."""
@@ -324,14 +378,27 @@ class StockClient(ServerClient):
             raise Refused(error.status, f"{name}: {error.message}") from error
 
     async def _forget(self) -> None:
-        """The server that was known is gone."""
-        self._version, self._run_id, self._known, self._connected = 0, "", None, False
-        await self._link.close()
+        """What the server held is gone, or not what it was."""
+        self._version, self._run_id, self._connected = 0, "", False
+        if self._updating is None:
+            await self._link.close()
 
     def _packed_at_init(self) -> bool:
         found = re.match(r"(\d+)\.(\d+)\.", self._known.engine_version if self._known else "")
+        version = (int(found[1]), int(found[2])) if found else (0, 0)
         # A version that says nothing is that of a build of one's own: the newest is the likeliest.
-        return found is None or (int(found[1]), int(found[2])) >= _PACKED_AT_INIT
+        return version >= _PACKED_AT_INIT or version < _OLDEST
+
+
+def _label(run_id: str, version: int) -> str:
+    return f"{run_id}:{version}"
+
+
+def _decoded(content: bytes, kind: type[Answer]) -> Answer:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.MsgspecError as error:
+        raise Refused(502, f"it answered what vLLM does not: {error}") from error
 
 
 _PACKING = {"packed": True, "packed_buffer_size_bytes": BUFFER_BYTES, "packed_num_buffers": BUFFERS}
@@ -348,7 +415,13 @@ async def _both(*tasks: asyncio.Task[None]) -> None:
 
 
 async def _free_port(address: str) -> int:
-    server = await asyncio.start_server(lambda reader, writer: None, address, 0)
+    try:
+        server = await asyncio.start_server(lambda reader, writer: None, address, 0)
+    except OSError as error:
+        raise UserError(
+            f"--weight_host {address} is no address of this host ({error.strerror}), and NCCL needs one that the "
+            "server reaches: give another, or leave it out"
+        ) from error
     port = int(server.sockets[0].getsockname()[1])
     server.close()
     await server.wait_closed()
@@ -366,6 +439,14 @@ class _Models(msgspec.Struct):
 
 class _Version(msgspec.Struct):
     version: str
+
+
+class _Paused(msgspec.Struct):
+    is_paused: bool
+
+
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
 
 
 class _WorldSize(msgspec.Struct):

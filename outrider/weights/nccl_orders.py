@@ -5,6 +5,10 @@ import msgspec
 from outrider.contract.manifest import Manifest
 
 
+class Prepare(msgspec.Struct, tag="prepare"):
+    """Find out whether it can send at all, before anybody waits for it."""
+
+
 class Connect(msgspec.Struct, tag="connect"):
     """Open a group of ``world_size`` ranks at ``address:port``, of which it is rank 0."""
 
@@ -26,7 +30,7 @@ class Send(msgspec.Struct, tag="send"):
     packed_buffers: int
 
 
-Order = Connect | Load | Send
+Order = Prepare | Connect | Load | Send
 
 
 class Done(msgspec.Struct):

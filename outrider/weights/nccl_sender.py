@@ -5,10 +5,9 @@ neither the trainer nor the collector hangs with it. It reads orders from its st
 on its standard output, in JSON, a line each; see :mod:`outrider.weights.nccl_orders`.
 """
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -18,8 +17,9 @@ from torch import Tensor
 from outrider.contract.keys import client_key
 from outrider.contract.lifetime import die_with_parent
 from outrider.contract.manifest import Manifest
+from outrider.weights.buffers import BufferLayout, HostBuffer, pin
 from outrider.weights.fetch import fetch_tensors
-from outrider.weights.nccl_orders import Connect, Done, Load, Order, Send
+from outrider.weights.nccl_orders import Connect, Done, Load, Order, Prepare, Send
 
 
 def main() -> int:
@@ -37,6 +37,7 @@ def main() -> int:
             error = f"{type(problem).__name__}: {problem}"
         answers.write(encode(Done(error=error)) + b"\n")
         answers.flush()
+    sender.close()
     return 0
 
 
@@ -47,13 +48,17 @@ class Sender:
         """key: for weights that lie on other hosts."""
         self._key = key
         self._group: Any = None
+        self._buffer: HostBuffer | None = None
+        self._layout: BufferLayout | None = None
         self._tensors: dict[str, Tensor] = {}
 
     def obey(self, order: Order) -> None:
         """Raises whatever goes wrong."""
         match order:
+            case Prepare():
+                prepare()
             case Connect():
-                self._group = connect(order)
+                self._group = connector()(order.address, order.port, order.world_size)
                 if self._group.disabled:
                     raise RuntimeError("vLLM could not load NCCL on this host")
             case Load(manifest=manifest):
@@ -61,18 +66,28 @@ class Sender:
             case Send():
                 self._send(order.packed_buffer_bytes, order.packed_buffers)
 
+    def close(self) -> None:
+        """Let the memory go."""
+        self._tensors = {}
+        if self._buffer is not None:
+            self._buffer.close()
+
     def _load(self, manifest: Manifest) -> None:
-        wanted = {entry.name: (entry.shape, getattr(torch, entry.dtype)) for entry in manifest.tensors}
-        have = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
-        if wanted != have:
-            pinned = torch.cuda.is_available()
-            self._tensors = {
-                name: torch.empty(shape, dtype=dtype, pin_memory=pinned) for name, (shape, dtype) in wanted.items()
-            }
+        shapes = {entry.name: entry.shape for entry in manifest.tensors}
+        dtype = getattr(torch, manifest.tensors[0].dtype)
+        if self._layout is None or (self._layout.shapes, self._layout.dtype) != (shapes, dtype):
+            self.close()
+            self._layout = BufferLayout(shapes, dtype)
+            self._buffer = HostBuffer(self._layout.length)
+            if torch.cuda.is_available():
+                pin(torch.frombuffer(self._buffer.memory, dtype=torch.uint8))
+            self._tensors = self._layout.tensors(self._buffer)
         fetch_tensors(manifest, self._tensors, self._key)
+        # In the order in which receivers expect them.
+        self._tensors = {entry.name: self._tensors[entry.name] for entry in manifest.tensors}
 
     def _send(self, buffer_bytes: int, buffers: int) -> None:
-        from vllm.distributed.weight_transfer.nccl_engine import packed_nccl_broadcast_producer
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
 
@@ -88,24 +103,33 @@ class Sender:
             buffer_size_bytes=buffer_bytes,
             num_buffers=buffers,
         )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # older ones return before the last broadcast has ended
+            torch.cuda.empty_cache()  # the GPU is the trainer's
 
 
-def connect(order: Connect) -> Any:
-    """vLLM's communicator, as rank 0 of it. Returns when all workers have joined, or raises."""
+def prepare() -> None:
+    """Import what sending takes. Raises RuntimeError where it cannot be had."""
     try:
         from vllm.plugins import load_general_plugins
     except ImportError:
         raise RuntimeError("vLLM must be installed beside the trainer, too: its own functions send") from None
-
     load_general_plugins()
-    with contextlib.suppress(ImportError):  # where vLLM has it from 0.25 on
+    connector()
+    from vllm.distributed.weight_transfer import packed_tensor  # noqa: F401
+
+
+def connector() -> Callable[[str, int, int], Any]:
+    """``connect(address, port, world_size)``: vLLM's communicator, as rank 0 of it, when all workers have joined."""
+    try:
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+    except ImportError:  # before 0.28
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-        return stateless_init_process_group(order.address, order.port, 0, order.world_size, device=0)
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-
-    info = {"master_address": order.address, "master_port": order.port, "world_size": order.world_size}
-    return NCCLWeightTransferEngine.trainer_init(info)
+        return lambda address, port, size: NCCLWeightTransferEngine.trainer_init(
+            {"master_address": address, "master_port": port, "world_size": size}
+        )
+    return lambda address, port, size: stateless_init_process_group(address, port, 0, size, device=0)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
-from outrider.collector.segments import SegmentServer
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo, WeightStatus
 from outrider.contract.manifest import Manifest
+from outrider.weights.segment_server import SegmentServer
 from tests.contract.client import Client
 from tests.contract.conftest import KEY, EndlessModel
 from tests.contract.publishing import publishing

@@ -33,6 +33,9 @@ class Group:
     def __init__(self, store: Any) -> None:
         self._store = store
 
+    def destroy(self) -> None:
+        """There is nothing to let go of."""
+
     def broadcast(self, tensor: torch.Tensor, src: int, stream: object = None) -> None:
         _obey_files(self._store.rank == src)
         received = self._store.broadcast_obj(tensor if self._store.rank == src else None, src)
@@ -49,7 +52,7 @@ def _obey_files(sends: bool) -> None:
 def register() -> None:
     """Called by vLLM in each of its processes."""
     from vllm.distributed.utils import StatelessProcessGroup
-    from vllm.distributed.weight_transfer import nccl_common, nccl_engine
+    from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
 
     def join(address: str, port: int, rank: int, world_size: int, device: object) -> Group:
         return Group(StatelessProcessGroup.create(host=address, port=port, rank=rank, world_size=world_size))
@@ -72,5 +75,5 @@ def register() -> None:
 
     nccl_common.stateless_init_process_group = join
     nccl_engine.worker_init_process_group = worker_join
-    nccl_engine.packed_nccl_broadcast_producer = produce
+    packed_tensor.packed_nccl_broadcast_producer = produce
     nccl_engine.packed_nccl_broadcast_consumer = consume

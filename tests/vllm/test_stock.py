@@ -16,20 +16,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import msgspec
 import pytest
 from transformers import AutoTokenizer
 
 from outrider.collector import stock_client
+from outrider.collector.client import ServerLost
 from outrider.collector.setup import PROBE
 from outrider.collector.stock_client import StockClient, TrainerFacts
 from outrider.contract.control import Inflight, ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest
-from outrider.contract.manifest import Manifest
 from outrider.demo.task import problems, write_jsonl
 from outrider.environments.base import Completion
 from outrider.trainer.summary import Summary
@@ -143,9 +144,15 @@ async def brought(made: Rig, model: Path, run_id: str, version: int) -> None:
         await made.ready(version)
 
 
+def ask(stock: Stock, path: str, body: dict[str, object] | None = None) -> Any:
+    """One of vLLM's own routes; with a body, even an empty one, by POST."""
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(stock.url + path, data, {"Content-Type": "application/json"}), timeout=30) as answer:
+        return json.load(answer)
+
+
 def is_paused(stock: Stock) -> bool:
-    with urlopen(stock.url + "/is_paused", timeout=30) as answer:
-        return bool(json.load(answer)["is_paused"])
+    return bool(ask(stock, "/is_paused")["is_paused"])
 
 
 @pytest.mark.parametrize("policy", ["recompute", "wait"])
@@ -219,21 +226,19 @@ async def test_workers_that_do_not_answer_end_at_the_deadline(
         assert not is_paused(stock)
 
 
-async def test_an_error_of_the_server_is_shown(stock: Stock, endless: Callable[[int], Path]) -> None:
-    """Weights of another model, which vLLM's own code refuses; and the right ones are taken after that."""
+@pytest.mark.parametrize("place", [0, 11])
+async def test_an_error_of_the_server_is_shown(stock: Stock, endless: Callable[[int], Path], place: int) -> None:
+    """Weights of another model, which vLLM's own code refuses, at once or when it has taken some; and the right ones
+    are taken after that."""
     run_id = uuid.uuid4().hex[:12]
     async with rig([stock.url], run_id, key=KEY, keep=False, inflight="recompute", connect=connect) as made:
         client = made.servers[0].client
         with publishing(endless(1), info_of(made), run_id) as publisher:
             manifest = await asyncio.wrap_future(publisher.publish(1))
-            first, *others = manifest.tensors
-            strange = Manifest(
-                run_id=run_id, version=1, model_fingerprint=manifest.model_fingerprint, segments=manifest.segments,
-                tensors=(type(first)(name="model.layers.99.what", dtype=first.dtype, shape=first.shape,
-                                     pieces=first.pieces), *others),
-            )  # fmt: skip
-            await client.stage(strange)
-            with pytest.raises(Exception, match=r"/update_weights: .*layers\.99") as caught:
+            strange = list(manifest.tensors)
+            strange[place] = msgspec.structs.replace(strange[place], name="model.layers.99.what")
+            await client.stage(msgspec.structs.replace(manifest, tensors=tuple(strange)))
+            with pytest.raises(ServerLost, match=r"/update_weights: .*layers\.99") as caught:
                 await client.commit(run_id, 1, "recompute")
             assert "resume" not in str(caught.value)
             assert not is_paused(stock)
@@ -241,6 +246,45 @@ async def test_an_error_of_the_server_is_shown(stock: Stock, endless: Callable[[
             await client.commit(run_id, 1, "recompute")
         [completion] = await client.complete(request := plain_request(), run_id)
         check_version(endless(1), request, completion, 1)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.03, 0.1])
+async def test_an_update_that_is_cancelled_is_brought_to_its_end(
+    stock: Stock, endless: Callable[[int], Path], seconds: float
+) -> None:
+    """As when the collector stops in the middle of it."""
+    run_id = uuid.uuid4().hex[:12]
+    async with rig([stock.url], run_id, key=KEY, keep=False, connect=connect) as made:
+        client = made.servers[0].client
+        with publishing(endless(1), info_of(made), run_id) as publisher:
+            await client.stage(await asyncio.wrap_future(publisher.publish(1)))
+            committing = asyncio.create_task(client.commit(run_id, 1, "recompute"))
+            await asyncio.sleep(seconds)
+            committing.cancel()
+            await asyncio.wait({committing})
+            await client.close()
+    assert not is_paused(stock)
+    assert ask(stock, "/weight_info")["weight_version"] == f"{run_id}:1"
+
+
+async def test_a_server_that_was_left_paused_is_resumed(stock: Stock) -> None:
+    ask(stock, "/pause?mode=keep", {})
+    assert is_paused(stock)
+    async with closing(connect(stock.url, KEY, plain_sampling=False)) as client:
+        assert (await client.info()).engine == "vllm"
+    assert not is_paused(stock)
+
+
+async def test_a_server_that_has_other_weights_now_is_noticed(stock: Stock, endless: Callable[[int], Path]) -> None:
+    """Another trainer has given it some: it gets ours again."""
+    run_id = uuid.uuid4().hex[:12]
+    async with rig([stock.url], run_id, key=KEY, inflight="recompute", connect=connect) as made:
+        with publishing(endless(1), info_of(made), run_id) as publisher:
+            made.announce(await asyncio.wrap_future(publisher.publish(1)))
+            await made.ready(1)
+            ask(stock, "/update_weight_version", {"new_version": "of another run"})
+            await until(lambda: any("server lost" in notice for notice in made.notices))
+            await made.ready(1)
 
 
 async def test_what_is_not_as_it_must_be_is_named(stock: Stock, endless: Callable[[int], Path], tmp_path: Path) -> None:

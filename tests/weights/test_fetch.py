@@ -13,11 +13,11 @@ from aiohttp import ClientSession, web
 from msgspec.structs import replace
 from torch import Tensor
 
-from outrider.collector.segments import SegmentServer
 from outrider.contract.manifest import DTypeName, Manifest
 from outrider.weights import fetch
 from outrider.weights.fetch import FetchError, fetch_tensors
 from outrider.weights.publish import Publisher
+from outrider.weights.segment_server import SegmentServer
 
 KEY = "key"
 

@@ -1,13 +1,19 @@
 """Serves this host's published segments to rollout servers on other hosts, by byte range."""
 
+import asyncio
 import hmac
 import socket
+import threading
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from outrider.contract import routes
 from outrider.weights.segments import segment_directory
+
+#: Seconds to begin, or to stop, to listen.
+START_DEADLINE = 30.0
 
 
 class SegmentServer:
@@ -53,3 +59,19 @@ def own_address(server_url: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing: it only chooses a route
         return str(probe.getsockname()[0])
+
+
+def serve_in_thread(host: str, key: str, run_id: str) -> tuple[str, Callable[[], None]]:
+    """A server for a process that has no event loop: its URL, and what stops it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="segments", daemon=True)
+    thread.start()
+    server = SegmentServer(host, key, run_id)
+    url = asyncio.run_coroutine_threadsafe(server.start(), loop).result(START_DEADLINE)
+
+    def stop() -> None:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(START_DEADLINE)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(START_DEADLINE)
+
+    return url, stop
