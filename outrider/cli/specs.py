@@ -30,6 +30,8 @@ def make_specs(config: TrainConfig, resolved: Resolved) -> tuple[TrainerSpec, Co
         eval_steps=config.evaluation.eval_steps,
         eval_on_start=config.evaluation.eval_on_start,
         configuration=settings(config, resolved),
+        server_url=resolved.server_urls[0],
+        api_key=config.servers.vllm_server_api_key,
     )
     collector = CollectorSpec(
         run_id=run_id,

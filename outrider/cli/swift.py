@@ -57,7 +57,7 @@ def _rlhf(argv: list[str]) -> int:
     _check_datasets(given)
     if not collected.keys() & {"train_type", "tuner_type"}:
         _notice("--train_type is not given: all weights are trained, as with --train_type full")
-    return train.start(train_config(TRAIN.convert(given)))
+    return train.start(train_config(TRAIN.convert(given)), ["outrider.cli.swift", "rlhf", *argv])
 
 
 def _sift(given: Mapping[str, Given], table: Mapping[str, SwiftFlag]) -> dict[str, Given]:

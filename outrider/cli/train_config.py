@@ -65,7 +65,7 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 TRAIN = FlagSet(
     "outrider train",
     "Trains a model with GRPO on rollouts of servers that 'outrider rollout' started. Run it as it is for one "
-    "process, or under torchrun with one process a GPU.",
+    "process; NPROC_PER_NODE and NNODES in the environment ask for several, and torchrun may start them, too.",
     (
         ModelConfig,
         ServersConfig,

@@ -5,7 +5,9 @@ the same host map, and that other servers read over HTTP by byte range. A tensor
 pieces, in order: a rank that holds rows ``a:b`` of a row-major tensor holds one contiguous piece of it.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -80,3 +82,19 @@ def manifest_faults(manifest: Manifest) -> list[str]:
             elif piece.offset + piece.length > manifest.segments[piece.segment].length:
                 faults.append(f"tensor {tensor.name!r}: a piece ends beyond its segment")
     return faults
+
+
+def joined(parts: Sequence[Manifest]) -> Manifest:
+    """One version of which each rank has described its own rows, in the order of the ranks."""
+    first = parts[0]
+    starts = list(itertools.accumulate((len(part.segments) for part in parts), initial=0))
+    tensors = []
+    for entries in zip(*(part.tensors for part in parts), strict=True):
+        pieces = tuple(
+            msgspec.structs.replace(piece, segment=start + piece.segment)
+            for start, entry in zip(starts, entries, strict=False)
+            for piece in entry.pieces
+        )
+        tensors.append(msgspec.structs.replace(entries[0], pieces=pieces))
+    segments = tuple(segment for part in parts for segment in part.segments)
+    return msgspec.structs.replace(first, segments=segments, tensors=tuple(tensors))

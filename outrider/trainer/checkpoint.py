@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
+from outrider.trainer.sharding import shared_like, whole_tensor
 
 _STATE, _OPTIMIZER = "outrider_state.json", "optimizer.pt"
 _PREFIX, _UNFINISHED, _REPLACED = "checkpoint-", ".unfinished", ".replaced"
@@ -56,9 +57,7 @@ class Contents:
     @property
     def nbytes(self) -> int:
         """About what it takes on disk."""
-        held: dict[tuple[Any, ...], Tensor] = {}
-        _visit((self.weights, self.optimizer), lambda tensor: held.setdefault(_identity(tensor), tensor))
-        return sum(tensor.nbytes for tensor in held.values())
+        return distinct_bytes((self.weights, self.optimizer))
 
 
 def save_checkpoint(output_dir: Path, contents: Contents, keep: int | None) -> Path:
@@ -169,9 +168,38 @@ def load_state(path: Path, fingerprint: str) -> TrainerState:
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer's state. Raises UserError."""
     try:
-        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        saved = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, state in saved["state"].items():
+            saved["state"][index] = {key: _visit(value, _sharer(parameters[index])) for key, value in state.items()}
+        optimizer.load_state_dict(saved)
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"checkpoint {path}: {_OPTIMIZER} cannot be loaded: {_first_line(error)}") from error
+
+
+def distinct_bytes(value: Any) -> int:
+    """Of all tensors in nested ``value``, those that are one counted once."""
+    held: dict[tuple[Any, ...], Tensor] = {}
+    _visit(value, lambda tensor: held.setdefault(_identity(tensor), tensor))
+    return sum(tensor.nbytes for tensor in held.values())
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """A copy of nested ``value`` with whole tensors on the CPU; all ranks call it, and one that does not keep the
+    copy gets nothing but None in the places of tensors. Tensors that are one object, such as tied weights, are one."""
+    copies: dict[int, Tensor | None] = {}
+
+    def copy(tensor: Tensor) -> Tensor | None:
+        if id(tensor) not in copies:
+            whole = whole_tensor(tensor.detach())
+            copies[id(tensor)] = whole.to("cpu", copy=True) if keep else None
+        return copies[id(tensor)]
+
+    return _visit(value, copy)
+
+
+def _sharer(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda value: shared_like(value, parameter)
 
 
 def _visit(value: Any, take: Callable[[Tensor], Any]) -> Any:

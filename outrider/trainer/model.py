@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import embedding
 from transformers import (
     AutoConfig,
@@ -20,6 +21,7 @@ from outrider.contract.identity import model_fingerprint
 from outrider.trainer.config import ModelConfig
 from outrider.trainer.logprobs import token_logprobs
 from outrider.trainer.packing import MicroBatch
+from outrider.trainer.sharding import Whole, local, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
 
 
@@ -52,11 +54,16 @@ class Policy:
         _switch_off_dropout(self.model)
         if trainable and config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._whole = Whole(self.model, self._logprobs)
         self._check_projection(source)
         #: How far rollouts of one prompt may share a row; what the policy can do, its reference can do as well.
         self.sharing: Sharing | None = None
         if trainable:
             self.sharing = find_sharing(self.config, self._attention, self._hidden, self.device)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's share of every parameter alone. Before an optimizer is made of them."""
+        shard(self._whole, mesh, self._autocast)
 
     @property
     def fingerprint(self) -> str:
@@ -64,11 +71,18 @@ class Policy:
         return model_fingerprint(self.config.to_dict())
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """Weights by name, tied ones once."""
-        return {name: parameter.data for name, parameter in self.model.named_parameters()}
+        """This rank's rows of the weights by name, tied ones once."""
+        return {name: local(parameter.data) for name, parameter in self.model.named_parameters()}
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole weights by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
-        """Log-probabilities of the trained tokens; float32 [tokens]."""
+        """Log-probabilities of the trained tokens; float32 [tokens]. With shards, all ranks call it as often."""
+        return self._whole(batch)
+
+    def _logprobs(self, batch: MicroBatch) -> Tensor:
         with self._precision():
             if batch.shared:
                 mask, positions = shared_mask(batch.part, self._attention), batch.positions

@@ -61,6 +61,38 @@ def form_micro_batches(
     return batches
 
 
+def share_out(
+    micro_batches: list[list[list[int]]], samples: Sequence[Sample], ranks: int, break_even: float
+) -> list[list[list[list[int]] | None]]:
+    """Micro-batches of each rank: as many for all, and those that ranks compute at the same time cost about as much.
+
+    Where the number does not divide, the costliest are cut in two, as long as they have several rows; after that some
+    ranks have nothing (None) in the last round. break_even: see ``Sharing``.
+    """
+
+    def cost(rows: list[list[int]]) -> float:
+        widths = [_width([samples[index] for index in row]) for row in rows]
+        return sum(width + width * width / break_even for width in widths)
+
+    shared: list[list[list[int]]] = list(micro_batches)
+    while len(shared) % ranks:
+        divisible = [batch for batch in shared if len(batch) > 1]
+        if not divisible:
+            break
+        costliest = max(divisible, key=cost)
+        shared.remove(costliest)
+        half = len(costliest) // 2
+        shared += [costliest[:half], costliest[half:]]
+    shared.sort(key=cost)
+    rounds: list[list[list[list[int]] | None]] = []
+    for start in range(0, len(shared), ranks):
+        together: list[list[list[int]] | None] = [*shared[start : start + ranks]]
+        together += [None] * (ranks - len(together))
+        # By turns in both directions, so that no rank has the cheaper one of each round.
+        rounds.append(together if len(rounds) % 2 == 0 else together[::-1])
+    return [[together[rank] for together in rounds] for rank in range(ranks)]
+
+
 def _form_rows(
     samples: Sequence[Sample], indices: Sequence[int], rollouts: int, max_tokens: int | None, break_even: float
 ) -> list[list[int]]:

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,22 +14,27 @@ from transformers.utils import logging as transformers_logging
 from outrider.contract.errors import UserError
 from outrider.contract.feed import Begin, EvalResult, Ready
 from outrider.contract.identity import model_fingerprint
+from outrider.contract.keys import client_key
 from outrider.observe.metrics import MetricsWriter, read_metrics
 from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.reporters import Reporters, make_reporters
-from outrider.trainer.checkpoint import SaveFailed, find_checkpoint, load_optimizer, load_state
+from outrider.trainer.agreement import compare_settings
+from outrider.trainer.checkpoint import SaveFailed, find_checkpoint, load_state
 from outrider.trainer.clock import StepClock
 from outrider.trainer.finish import finish_run
+from outrider.trainer.follower import Follower
 from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
-from outrider.trainer.model import Policy, load_config, load_tokenizer
-from outrider.trainer.optimizer import learning_rate, make_optimizer
-from outrider.trainer.plan import loss_spec, planned_steps
+from outrider.trainer.model import load_config, load_tokenizer
+from outrider.trainer.optimizer import learning_rate
+from outrider.trainer.orders import End, Load, Open, Order, Step, encode
+from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
+from outrider.trainer.plan import planned_steps
+from outrider.trainer.ranks import Ranks, lost_connection
 from outrider.trainer.recording import eval_record, step_record
 from outrider.trainer.saving import Saver, patiently
 from outrider.trainer.spec import TrainerSpec
-from outrider.trainer.step import StepComputer
 from outrider.trainer.summary import RunEnd
 from outrider.weights.publish import BUFFERS, Publisher
 from outrider.weights.segments import remove_stale_segments, segment_path
@@ -40,7 +47,19 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
     child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
     prepare(spec)
-    return Trainer(spec, Path(spec.run.output_dir)).run(collector)
+    ranks = Ranks()
+    try:
+        compare_settings(ranks, spec.configuration)
+        if not ranks.leads:
+            return Follower(spec, ranks).run()
+        return Trainer(spec, Path(spec.run.output_dir), ranks).run(collector)
+    except RuntimeError as error:
+        if not (lost := lost_connection(error)):
+            raise
+        print(f"outrider: rank {ranks.rank} on node {ranks.node}: another rank is gone: {lost}", file=sys.stderr)
+        return 1
+    finally:
+        ranks.close()
 
 
 def prepare(spec: TrainerSpec) -> None:
@@ -56,9 +75,7 @@ class Trainer:
     """The state of a run, and its loop."""
 
     # What load() brings.
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    computer: StepComputer
+    parts: Parts
     ready: Ready
     saver: Saver
     publisher: Publisher
@@ -66,8 +83,10 @@ class Trainer:
     reporters: Reporters
     clock: StepClock
 
-    def __init__(self, spec: TrainerSpec, output_dir: Path) -> None:
-        self.spec, self.output_dir = spec, output_dir
+    def __init__(self, spec: TrainerSpec, output_dir: Path, ranks: Ranks) -> None:
+        self.spec, self.output_dir, self.ranks = spec, output_dir, ranks
+        #: Whether the other ranks wait for an order, and not in the middle of something for this one.
+        self.listening = True
         self.step = 0
         self.max_steps = 0
         self.time_before = 0.0
@@ -105,26 +124,13 @@ class Trainer:
             # Against --model, which the servers serve: the checkpoint's own configuration would always agree.
             asked = load_config(spec.model, spec.model.model)
             state = load_state(checkpoint, model_fingerprint(asked.to_dict()))
-        source = str(checkpoint) if checkpoint is not None else spec.model.model
-        chunk = spec.loss.logprob_chunk_size
-        self.policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
-        reference = None
-        if spec.loss.beta > 0:
-            reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
-        self.optimizer = make_optimizer(self.policy.model, spec.optimizer)
-        self.saver = Saver(self.output_dir, self.policy, self.optimizer, load_tokenizer(spec.model), spec.run)
+        tokenizer = load_tokenizer(spec.model)
+        with self._together(Load(spec.run_id, None if checkpoint is None else str(checkpoint))):
+            self.parts = load_parts(spec, self.ranks, checkpoint)
+        policy, optimizer = self.parts.policy, self.parts.optimizer
+        self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks)
         self.closers.callback(self.saver.close)
-        self.computer = StepComputer(
-            self.policy,
-            reference,
-            loss_spec(spec),
-            spec.batch,
-            spec.correction_mode,
-            spec.loss.rollout_importance_sampling_threshold,
-            spec.optimizer.max_grad_norm,
-        )
-        if checkpoint is not None and state is not None:
-            load_optimizer(checkpoint, self.optimizer)
+        if state is not None:
             self.step, self.saver.saved_step, self.time_before = state.step, state.step, state.time
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
         self.ready = self.link.ready(deadline=24 * 3600.0)
@@ -138,16 +144,23 @@ class Trainer:
                 f"checkpoint {checkpoint} is at step {self.step} and the run has {self.max_steps}: raise --max_steps "
                 "or --num_train_epochs to go on"
             )
-        self.publisher = Publisher(
-            self.policy.published_tensors(),
-            self.ready.serving_dtype,
-            spec.run_id,
-            self.policy.fingerprint,
-            self.ready.segment_url or None,
-            self.link.announce,
-        )
+        dtype, segment_url = self.ready.serving_dtype, self.ready.segment_url or None
+        description = Description(self.ranks, spec.run_id)
+        with self._together(Open(self.step, dtype, segment_url, spec.server_url, client_key(spec.api_key))):
+            self.publisher = make_publisher(
+                policy, dtype, spec.run_id, segment_url, lambda part: self.link.announce(description.whole(part))
+            )
         self.closers.callback(self.publisher.close)
         self._publish()
+
+    @contextlib.contextmanager
+    def _together(self, order: Order) -> Iterator[None]:
+        """Do something that all ranks do. Where it fails here, they are not told of an end: they hang in it, and
+        whoever started them ends them when this process has gone."""
+        self.listening = False
+        self.ranks.tell(encode(order))
+        yield
+        self.listening = True
 
     def _panel(self, plain: bool) -> Panel:
         logging = msgspec.structs.replace(self.spec.logging, panel="off") if plain else self.spec.logging
@@ -197,17 +210,21 @@ class Trainer:
         with clock.part("wait"):
             batch = self.link.batch()
         self.panel.phase("training")
-        rate = self._set_learning_rate()
-        with clock.part("train"):
-            outcome = self.computer.gradients(batch, clock)
+        config = self.spec.optimizer
+        rate = learning_rate(
+            self.step, self.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+        )
+        self.parts.set_learning_rate(rate)
+        with clock.part("train"), self._together(Step(batch, rate, self.step + 1)):
+            outcome = self.parts.computer.gradients(batch, clock)
         # Copies of the version before read what the optimizer is about to change.
         with clock.part("publish_wait"):
             self.publisher.wait()
         with clock.part("save"):
             self.saver.wait_for_copy()
         with clock.part("train"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.parts.optimizer.step()
+            self.parts.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         with clock.part("publish_wait"):
             self._publish()
@@ -227,15 +244,6 @@ class Trainer:
         if self.spec.max_staleness == 0:
             # Nothing to overlap with: the next batch needs this version.
             self.publisher.finish()
-
-    def _set_learning_rate(self) -> float:
-        config = self.spec.optimizer
-        rate = learning_rate(
-            self.step, self.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def _evaluate_now(self) -> None:
         """Evaluate the present version, and wait for the result."""
@@ -334,6 +342,8 @@ class Trainer:
     def close(self) -> None:
         """End the collector, wait for what is being saved, remove the segments, put the terminal back."""
         self.panel.stop()
+        if self.listening:
+            self.ranks.tell(encode(End()))
         self.link.stop("the run has ended")
         self.closers.close()
         self.interrupt.restore()

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
@@ -14,12 +16,16 @@ from outrider.trainer.checkpoint import (
     Contents,
     SaveFailed,
     TrainerState,
+    distinct_bytes,
+    gathered,
     save_checkpoint,
     write_directory,
     write_model,
 )
 from outrider.trainer.config import RunConfig
 from outrider.trainer.model import Policy
+from outrider.trainer.orders import Gather, encode
+from outrider.trainer.ranks import Ranks
 
 #: Seconds within which the last saves are tried again when they fail, on a full disk say, and between two tries.
 PATIENCE = 300.0
@@ -37,9 +43,11 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
         config: RunConfig,
+        ranks: Ranks,
     ) -> None:
         self.output_dir, self.policy, self.optimizer = output_dir, policy, optimizer
         self.tokenizer, self.config = tokenizer, config
+        self._ranks = ranks
         self.saved_step = -1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -58,7 +66,7 @@ class Saver:
 
         def run() -> None:
             try:
-                copy = contents.copy()
+                copy = contents.copy() if self._ranks.size == 1 else contents
             finally:
                 self._copied.set()
             self._write(copy)
@@ -91,26 +99,43 @@ class Saver:
 
     def export(self) -> None:
         """Write ``final``, a Hugging Face directory. Raises SaveFailed."""
-        model, weights = self.policy.model, self.policy.model.state_dict()
+        model, (weights, _) = self.policy.model, self._state(optimizer=False)
 
         def write(directory: Path) -> None:
             write_model(directory, model, self.tokenizer, weights)
 
-        write_directory(self.output_dir / "final", write, sum(parameter.nbytes for parameter in model.parameters()))
+        write_directory(self.output_dir / "final", write, distinct_bytes(weights))
 
     def _contents(self, step: int, max_steps: int, seconds: float) -> Contents:
+        weights, optimizer = self._state(optimizer=not self.config.save_only_model)
         state = TrainerState(step=step, max_steps=max_steps, time=seconds, model_fingerprint=self.policy.fingerprint)
         return Contents(
             state=state,
             model=self.policy.model,
             tokenizer=self.tokenizer,
-            weights=self.policy.model.state_dict(),
-            optimizer=None if self.config.save_only_model else self.optimizer.state_dict(),
+            weights=weights,
+            optimizer=optimizer,
         )
+
+    def _state(self, optimizer: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """Weights and, if wanted, the optimizer's state: the trainer's own memory, or with several ranks copies of
+        what all of them hold."""
+        if self._ranks.size == 1:
+            return self.policy.model.state_dict(), self.optimizer.state_dict() if optimizer else None
+        self._ranks.tell(encode(Gather(optimizer)))
+        return gather(self.policy.model, self.optimizer if optimizer else None, keep=True)
 
     def _write(self, contents: Contents) -> None:
         save_checkpoint(self.output_dir, contents, self.config.save_total_limit)
         self.saved_step = contents.state.step
+
+
+def gather(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, keep: bool
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Whole weights and optimizer state, for all ranks to call; only who keeps them has them then."""
+    weights = gathered(dict(model.state_dict(keep_vars=True)), keep)
+    return weights, None if optimizer is None else gathered(optimizer.state_dict(), keep)
 
 
 def patiently(save: Callable[[], None], what: str, notice: Callable[[str], None], hurry: Callable[[], bool]) -> None:

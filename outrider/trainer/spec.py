@@ -9,7 +9,7 @@ from outrider.trainer.config import BatchConfig, CorrectionMode, LossConfig, Mod
 class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One trainer process. groups_per_batch: groups of an optimizer step. max_staleness: K. temperature: at which
     rollouts are sampled, and so the one at which the trainer takes log-probabilities. configuration: all settings by
-    name, for reports. ledger: path of the SQLite file."""
+    name, for reports. server_url: of one of the servers. api_key: of the servers, None for the one kept here."""
 
     run_id: str
     model: ModelConfig
@@ -27,3 +27,5 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     eval_steps: int
     eval_on_start: bool
     configuration: dict[str, object]
+    server_url: str
+    api_key: str | None

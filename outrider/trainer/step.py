@@ -11,7 +11,9 @@ from outrider.contract.feed import Batch
 from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, CorrectionMode
 from outrider.trainer.model import Policy
-from outrider.trainer.packing import MicroBatch, collate, form_micro_batches
+from outrider.trainer.packing import MicroBatch, collate, form_micro_batches, share_out
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.sharding import whole_tensor
 
 
 @dataclass
@@ -44,37 +46,44 @@ class StepComputer:
         correction: CorrectionMode,
         threshold: float,
         max_grad_norm: float,
+        ranks: Ranks | None = None,
     ) -> None:
         """reference: for the KL term, None without one. threshold: of the rollout correction."""
         self.policy, self.reference, self.loss, self.batch = policy, reference, loss, batch
+        self.ranks = ranks or Ranks()
         self.correction, self.threshold, self.max_grad_norm = correction, threshold, max_grad_norm
 
     def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
-        """Leave the step's clipped gradient in the parameters. Every micro-batch is divided by the counts of the
-        whole step, so that how rollouts are packed changes nothing but rounding."""
-        samples, config = batch.samples, self.batch
+        """Leave the step's clipped gradient in the parameters; with several ranks, all call it with the same batch.
+        Every micro-batch is divided by the counts of the whole step, so that how rollouts are packed, and shared out
+        over ranks, changes nothing but rounding."""
+        samples = batch.samples
         counts = StepCounts(batch.sequences, batch.tokens)
         # On the device until the end: a number that is read back after each micro-batch would hold up the next one.
-        sums = torch.zeros(6, dtype=torch.float64, device=self.policy.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=self.policy.device)
         gap_max = torch.zeros((), device=self.policy.device)
         tokens = 0
         with clock.part("collate"):
-            micro_batches = form_micro_batches(
-                samples, config.per_device_train_batch_size, config.max_tokens_per_micro_batch, self.policy.sharing
-            )
-        for rows in micro_batches:
+            mine = self._share(batch)
+        for rows in mine:
             with clock.part("collate"):
-                micro = collate([[samples[index] for index in row] for row in rows], self.policy.device)
-            found, largest = self._backward(micro, counts)
-            sums += found
-            gap_max = torch.maximum(gap_max, largest)
-            tokens += len(micro.targets)
-        loss, clip_low, clip_high, kl, gap, corrected = sums.tolist()
+                # Who has nothing to do in a round computes something all the same: gathering weights and adding up
+                # gradients is for all ranks.
+                chosen = rows or [[0]]
+                micro = collate([[samples[index] for index in row] for row in chosen], self.policy.device)
+            found, largest = self._backward(micro, counts, idle=rows is None)
+            if rows is not None:
+                sums += found
+                gap_max = torch.maximum(gap_max, largest)
+                tokens += len(micro.targets)
+        sums[6] = tokens
+        loss, clip_low, clip_high, kl, gap, corrected, tokens = self.ranks.sum(sums).tolist()
+        gap_max = self.ranks.maximum(gap_max)
         trained = max(tokens, 1)
         return StepOutcome(
             loss=loss,
             grad_norm=self._clip(),
-            tokens=tokens,
+            tokens=int(tokens),
             clip_low_share=clip_low / trained,
             clip_high_share=clip_high / trained,
             kl=kl / trained,
@@ -83,9 +92,20 @@ class StepComputer:
             correction_mean=corrected / trained,
         )
 
-    def _backward(self, micro: MicroBatch, counts: StepCounts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a micro-batch's gradient. Returns its loss and the sums over its tokens (clipped low, clipped high, KL,
-        gap, correction) as one tensor [6], and its largest gap."""
+    def _share(self, batch: Batch) -> list[list[list[int]] | None]:
+        """This rank's micro-batches."""
+        config, sharing = self.batch, self.policy.sharing
+        formed = form_micro_batches(
+            batch.samples, config.per_device_train_batch_size, config.max_tokens_per_micro_batch, sharing
+        )
+        if self.ranks.size == 1:
+            return [*formed]
+        break_even = sharing.break_even if sharing else math.inf
+        return share_out(formed, batch.samples, self.ranks.size, break_even)[self.ranks.rank]
+
+    def _backward(self, micro: MicroBatch, counts: StepCounts, idle: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a micro-batch's gradient; idle: nothing. Returns its loss and the sums over its tokens (clipped low,
+        clipped high, KL, gap, correction) and a place for their number as one tensor [7], and its largest gap."""
         logprobs = self.policy.logprobs(micro)
         # One optimizer step a batch: the policy before the step is the policy now, and needs no second pass.
         old = logprobs.detach()
@@ -111,11 +131,12 @@ class StepComputer:
             correction=weights,
             ref_logprobs=reference,
         )
-        out.loss.backward()
+        (out.loss * 0.0 if idle else out.loss).backward()
         gap = logprob_gap(old, micro.rollout_logprobs)
         sums = (out.loss.detach(), out.clip_low_sum, out.clip_high_sum, out.kl_sum, gap.abs_sum, weights.sum())
-        return torch.stack([value.double() for value in sums]), gap.abs_max
+        stacked = torch.stack([value.double() for value in sums])
+        return torch.nn.functional.pad(stacked, (0, 1)), gap.abs_max
 
     def _clip(self) -> float:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), limit))
+        return float(whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), limit)))

@@ -41,11 +41,13 @@ class Publisher:
         fingerprint: str,
         segment_url: str | None,
         announce: Callable[[Manifest], None] | None = None,
+        shapes: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """tensors: name → this rank's tensor, whose storage stays the same over steps. segment_url: prefix under
-        which a segment's name is served to other hosts. announce: called with
-        every manifest, on the copying thread.
+        """tensors: name → this rank's rows of a tensor, whose storage stays the same over steps. segment_url: prefix
+        under which a segment's name is served to other hosts. announce: called with every manifest, on the copying
+        thread. shapes: of the whole tensors, where this rank has not all of them.
         Raises UserError when shared memory is too small."""
+        self._shapes = shapes or {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.tensors, self.dtype, self.run_id, self.fingerprint = tensors, dtype, run_id, fingerprint
         self._offsets: dict[str, tuple[int, int]] = {}
         end = 0
@@ -118,11 +120,11 @@ class Publisher:
             self._copied.set()
 
         def entry(item: tuple[str, Tensor]) -> TensorEntry:
-            name, tensor = item
+            name, _ = item
             offset, length = self._offsets[name]
             checksum = xxhash.xxh3_64_intdigest(mapped[offset : offset + length])
             piece = Piece(segment=0, offset=offset, length=length, checksum=checksum)
-            return TensorEntry(name=name, dtype=self.dtype, shape=tuple(tensor.shape), pieces=(piece,))
+            return TensorEntry(name=name, dtype=self.dtype, shape=self._shapes[name], pieces=(piece,))
 
         with ThreadPoolExecutor(self._checkers) as pool:
             entries = tuple(pool.map(entry, self.tensors.items()))

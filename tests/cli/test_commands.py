@@ -9,7 +9,6 @@ import pytest
 from outrider.cli import main as outrider
 from outrider.cli import rollout
 from outrider.cli.rollout import parse_rollout
-from outrider.cli.train import world_size
 from outrider.collector.config import CollectorSpec
 from outrider.contract.errors import UserError
 from outrider.server.config import RolloutConfig
@@ -117,17 +116,6 @@ def test_only_the_first_process_prints(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert captured.out + captured.err == ""
 
 
-def test_several_trainer_processes_are_refused(
-    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    installed("outrider.trainer.run", train=lambda trainer, collector: pytest.fail("it must not train"))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert outrider.main(TRAIN) == 2
-    (message,) = capsys.readouterr().err.splitlines()
-    assert message == "outrider: 2 trainer processes: this version trains with one; start it without torchrun"
-
-
 def test_dry_runs_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert outrider.main([*TRAIN, "--dry_run"]) == 0
     assert "1 prompt x 8 rollouts" in capsys.readouterr().out
@@ -169,25 +157,6 @@ def test_what_a_server_cannot_do(monkeypatch: pytest.MonkeyPatch, line: str, par
     with pytest.raises(UserError) as caught:
         parse_rollout(["--model", "m", *line.split()])
     assert all(part in str(caught.value) for part in parts), caught.value
-
-
-@pytest.mark.parametrize(
-    ("environment", "size"),
-    [
-        ({}, 1),
-        ({"WORLD_SIZE": "16", "NNODES": "2", "NPROC_PER_NODE": "8"}, 16),
-        ({"NNODES": "1", "NPROC_PER_NODE": "1"}, 1),
-    ],
-)
-def test_world_size(environment: dict[str, str], size: int) -> None:
-    assert world_size(environment) == size
-
-
-def test_processes_that_nobody_started_are_an_error() -> None:
-    with pytest.raises(UserError, match="torchrun --nnodes 2 --node_rank 1 --nproc_per_node 8 --no_python"):
-        world_size({"NNODES": "2", "NODE_RANK": "1", "NPROC_PER_NODE": "8"})
-    with pytest.raises(UserError, match="NNODES=two: expected a whole number"):
-        world_size({"NNODES": "two"})
 
 
 def test_the_commands_load_no_heavy_library() -> None:

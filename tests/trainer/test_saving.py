@@ -14,6 +14,7 @@ from outrider.trainer import saving
 from outrider.trainer.checkpoint import Contents, SaveFailed
 from outrider.trainer.config import OptimizerConfig, RunConfig
 from outrider.trainer.optimizer import make_optimizer
+from outrider.trainer.ranks import Ranks
 from outrider.trainer.saving import Saver, patiently
 from tests.server.models import DEMO_MODEL
 from tests.trainer.build import make_policy
@@ -23,7 +24,7 @@ from tests.trainer.build import make_policy
 def saver(tmp_path: Path) -> Iterator[Saver]:
     policy = make_policy(DEMO_MODEL)
     optimizer = make_optimizer(policy.model, OptimizerConfig())
-    made = Saver(tmp_path, policy, optimizer, AutoTokenizer.from_pretrained(DEMO_MODEL), RunConfig())
+    made = Saver(tmp_path, policy, optimizer, AutoTokenizer.from_pretrained(DEMO_MODEL), RunConfig(), Ranks())
     yield made
     made.close()
 

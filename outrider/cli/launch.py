@@ -1,0 +1,107 @@
+"""Starting the ranks of this node, with torchrun's own launcher.
+
+Its ranks are in sessions of their own, and it ends them 30 seconds after Ctrl-C, in the middle of a step; so signals do
+not reach it here: they are handed on to the ranks, of which the first finishes its step, saves, and ends the run.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from outrider.cli.placement import Placement
+from outrider.contract.errors import UserError
+
+#: Seconds for all nodes to come, and those after which one says that it waits.
+RENDEZVOUS = 600
+PATIENCE = 15.0
+
+
+def launch(placement: Placement, command: list[str]) -> int:
+    """Run ``command``, a module and its arguments, as ranks; the exit status of the first of them that failed, or 0.
+    Raises UserError when the other nodes do not come."""
+    from torch.distributed import DistStoreError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=placement.nodes,
+        max_nodes=placement.nodes,
+        nproc_per_node=placement.processes,
+        run_id="outrider",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{placement.address}:{placement.port or _free_port()}",
+        rdzv_configs={"rank": placement.node, "timeout": RENDEZVOUS},
+        max_restarts=0,
+        monitor_interval=0.2,
+        signals_to_handle="SIGQUIT",
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says of failures is said below
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _hand_on)
+    patience = threading.Timer(PATIENCE, _tell_of_waiting, [placement])
+    patience.daemon = True
+    patience.start()
+    try:
+        elastic_launch(config, sys.executable)("-m", *command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in (2, 130):  # it has said what there is to say
+            return int(failure.exitcode)
+        died = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
+        raise UserError(
+            f"rank {rank} on node {placement.node} ended with {died}, and the run with it; go on with "
+            "--resume_from_checkpoint auto"
+        ) from None
+    except (DistStoreError, TimeoutError) as error:
+        raise UserError(
+            f"node {placement.node} of {placement.nodes} has waited {RENDEZVOUS} s at {placement.address}:"
+            f"{placement.port} for the other nodes: is NODE_RANK 0 there, are all nodes started, and is the port open "
+            f"between them? ({error})"
+        ) from error
+    finally:
+        patience.cancel()
+    return 0
+
+
+def _tell_of_waiting(placement: Placement) -> None:
+    if not _ranks():
+        print(
+            f"outrider: node {placement.node} of {placement.nodes} waits at {placement.address}:{placement.port} for "
+            f"the other nodes, up to {RENDEZVOUS} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    """To the first rank, where it is on this node; else to all of them: without this node there is no run."""
+    ranks = _ranks()
+    for pid in [ranks["0"]] if "0" in ranks else ranks.values():
+        os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)
+
+
+def _ranks() -> dict[str, int]:
+    """Process ids of the children by their rank."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            for variable in variables:
+                if variable.startswith(b"RANK="):
+                    found[variable.removeprefix(b"RANK=").decode()] = int(pid)
+    return found
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

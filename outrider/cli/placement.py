@@ -1,0 +1,66 @@
+"""How many processes a run has and where this one stands among them, from the environment. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from outrider.contract.errors import UserError
+
+#: torchrun's port where none is given.
+MASTER_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Placement:
+    """launches: this process is to start ``processes`` ranks on this node, number ``node`` of ``nodes``; otherwise it
+    is one of them, or all that there is. address, port: where rank 0 is found, port 0 for any that is free."""
+
+    world_size: int
+    launches: bool = False
+    nodes: int = 1
+    node: int = 0
+    processes: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def find_placement(environment: Mapping[str, str]) -> Placement:
+    """From NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT, or what torchrun has made of them.
+    UserError where they are wrong."""
+    if "WORLD_SIZE" in environment:  # torchrun has started this one
+        return Placement(_count(environment, "WORLD_SIZE"))
+    nodes, processes = _count(environment, "NNODES"), _count(environment, "NPROC_PER_NODE")
+    if nodes * processes == 1:
+        return Placement(1)
+    node = _node(environment, nodes)
+    address = environment.get("MASTER_ADDR", "")
+    if nodes > 1 and not address:
+        raise UserError(
+            f"NNODES={nodes} and MASTER_ADDR is not set: set it on all nodes to the address of the one with NODE_RANK=0"
+        )
+    port = _port(environment) if nodes > 1 or "MASTER_PORT" in environment else 0
+    return Placement(nodes * processes, True, nodes, node, processes, address or "127.0.0.1", port)
+
+
+def _node(environment: Mapping[str, str], nodes: int) -> int:
+    text = environment.get("NODE_RANK")
+    if text is None:
+        if nodes == 1:
+            return 0
+        raise UserError(f"NNODES={nodes} and NODE_RANK is not set: give each node its own, from 0 to {nodes - 1}")
+    if not text.isdecimal() or int(text) >= nodes:
+        raise UserError(f"NODE_RANK={text}: expected a whole number from 0 to {nodes - 1}, since NNODES={nodes}")
+    return int(text)
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    text = environment.get("MASTER_PORT", str(MASTER_PORT))
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise UserError(f"MASTER_PORT={text}: expected a port, from 1 to 65535")
+    return int(text)
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{name}={text}: expected a whole number of at least 1")
+    return int(text)

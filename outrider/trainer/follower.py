@@ -1,0 +1,77 @@
+"""Every rank but the first: it does what rank 0 tells, and nothing else."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from outrider.contract.lifetime import die_with_parent
+from outrider.trainer.clock import StepClock
+from outrider.trainer.orders import End, Gather, Load, Open, Step, decode
+from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.saving import gather
+from outrider.trainer.spec import TrainerSpec
+from outrider.weights.publish import Publisher
+from outrider.weights.segment_server import own_address, serve_in_thread
+
+
+class Follower:
+    """Its share of the model, and the loop over orders."""
+
+    parts: Parts
+    publisher: Publisher
+
+    def __init__(self, spec: TrainerSpec, ranks: Ranks) -> None:
+        self.spec, self.ranks = spec, ranks
+        self.run_id = spec.run_id
+        self.closers = contextlib.ExitStack()
+
+    def run(self) -> int:
+        """Until rank 0 says that the run has ended. Raises UserError."""
+        die_with_parent(signal.SIGTERM)
+        # Ctrl-C reaches the whole terminal group; what becomes of the step is for rank 0 to say.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with self.closers:
+            while True:
+                match decode(self.ranks.hear()):
+                    case Load(run_id=run_id, checkpoint=checkpoint):
+                        self.run_id = run_id
+                        self.parts = load_parts(self.spec, self.ranks, None if checkpoint is None else Path(checkpoint))
+                    case Open() as order:
+                        self._open(order)
+                    case Step(batch=batch, learning_rate=rate, version=version):
+                        self.parts.set_learning_rate(rate)
+                        self.parts.computer.gradients(batch, StepClock())
+                        self.publisher.wait()
+                        self.parts.optimizer.step()
+                        self.parts.optimizer.zero_grad(set_to_none=True)
+                        self.publisher.publish(version)
+                    case Gather(optimizer=optimizer):
+                        gather(self.parts.policy.model, self.parts.optimizer if optimizer else None, keep=False)
+                    case End():
+                        return 0
+
+    def _open(self, order: Open) -> None:
+        """Segments of this rank, served where rank 0's host does not."""
+        url = order.segment_url
+        if self.ranks.node > 0:
+            url = self._serve(order)
+        description = Description(self.ranks, self.run_id)
+        self.publisher = make_publisher(self.parts.policy, order.serving_dtype, self.run_id, url, description.give)
+        self.closers.callback(self.publisher.close)
+        self.publisher.publish(order.version)
+
+    def _serve(self, order: Open) -> str:
+        """The URL under which servers reach this node's segments; its first rank serves them."""
+        name = f"{self.run_id}/node {self.ranks.node}"
+        if self.ranks.local_rank > 0:
+            return self.ranks.see(name)
+        server = urlsplit(order.server_url).hostname or ""
+        # A server on rank 0's own host is known there under an address that means another host here.
+        towards = os.environ["MASTER_ADDR"] if server in ("localhost", "127.0.0.1", "::1") else server
+        url, stop = serve_in_thread(own_address(f"http://{towards}:80"), order.key, self.run_id)
+        self.closers.callback(stop)
+        self.ranks.put(name, url)
+        return url

@@ -1,0 +1,98 @@
+"""What every rank of a run has: its share of the model and of the optimizer's state, and its segments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from outrider.contract.manifest import DTypeName, Manifest, joined
+from outrider.trainer.checkpoint import load_optimizer
+from outrider.trainer.model import Policy
+from outrider.trainer.optimizer import make_optimizer
+from outrider.trainer.plan import loss_spec
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.spec import TrainerSpec
+from outrider.trainer.step import StepComputer
+from outrider.weights.publish import Publisher
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The policy, its optimizer, and what computes a step's gradients."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    computer: StepComputer
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+def load_parts(spec: TrainerSpec, ranks: Ranks, checkpoint: Path | None) -> Parts:
+    """The model of --model, or what ``checkpoint`` holds, shared out over the ranks. Raises UserError."""
+    source = str(checkpoint) if checkpoint is not None else spec.model.model
+    chunk = spec.loss.logprob_chunk_size
+    policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
+    reference = None
+    if spec.loss.beta > 0:
+        reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
+    if ranks.mesh is not None:
+        policy.shard(ranks.mesh)
+        if reference is not None:
+            reference.shard(ranks.mesh)
+    optimizer = make_optimizer(policy.model, spec.optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, optimizer)
+    computer = StepComputer(
+        policy,
+        reference,
+        loss_spec(spec),
+        spec.batch,
+        spec.correction_mode,
+        spec.loss.rollout_importance_sampling_threshold,
+        spec.optimizer.max_grad_norm,
+        ranks,
+    )
+    return Parts(policy, optimizer, computer)
+
+
+class Description:
+    """Where the ranks put together the manifest of a version: rank 0 announces it when all have described their
+    rows."""
+
+    def __init__(self, ranks: Ranks, run_id: str) -> None:
+        self._ranks, self._run_id = ranks, run_id
+
+    def give(self, part: Manifest) -> None:
+        """This rank's rows; on any rank but the first."""
+        self._ranks.put(self._name(part.version, self._ranks.rank), msgspec.json.encode(part).decode())
+
+    def whole(self, part: Manifest) -> Manifest:
+        """All ranks' rows. part: those of rank 0. Waits for the others; RuntimeError when they do not come."""
+        others = [
+            msgspec.json.decode(self._ranks.take(self._name(part.version, rank)), type=Manifest)
+            for rank in range(1, self._ranks.size)
+        ]
+        return joined([part, *others])
+
+    def _name(self, version: int, rank: int) -> str:
+        return f"{self._run_id}/{version}/{rank}"
+
+
+def make_publisher(
+    policy: Policy, dtype: DTypeName, run_id: str, segment_url: str | None, announce: Callable[[Manifest], None]
+) -> Publisher:
+    """Of this rank's rows."""
+    return Publisher(
+        policy.published_tensors(),
+        dtype,
+        run_id,
+        policy.fingerprint,
+        segment_url,
+        announce,
+        policy.published_shapes(),
+    )

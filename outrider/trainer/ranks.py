@@ -1,0 +1,104 @@
+"""The processes of a run, as one of them sees the others: who they are, and what they do together."""
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+#: Seconds for a collective of a step: whoever is not there by then is not coming. A rank that dies closes its
+#: connections, which the others notice at once; this is for a host that vanishes.
+COLLECTIVE = 600.0
+#: Seconds that rank 0 may have nothing to say: it waits for rollouts, or for servers to come up.
+ORDER = 48 * 3600.0
+
+
+def lost_connection(error: RuntimeError) -> str | None:
+    """What a collective says whose peer is gone, in a line; None for any other error. Gloo has no type for it."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return text.splitlines()[0].rpartition("] ")[2]
+    return None
+
+
+class Ranks:
+    """One process, or torchrun's: rank 0 leads, and the others do as they are told."""
+
+    def __init__(self) -> None:
+        """Join the group that torchrun has described in the environment, where there is one."""
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.node = int(os.environ.get("GROUP_RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(self.local_rank)
+        self.mesh: DeviceMesh | None = None
+        self._orders: Any = None
+        if self.size > 1:
+            patience = datetime.timedelta(seconds=COLLECTIVE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+            self.mesh = init_device_mesh("cuda" if on_gpu else "cpu", (self.size,))
+            self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def tell(self, message: bytes) -> None:
+        """Rank 0 to all others. They must be listening, or come to it."""
+        if self.size > 1:
+            dist.broadcast(torch.tensor([len(message)]), 0, group=self._orders)
+            dist.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), 0, group=self._orders)
+
+    def hear(self) -> bytes:
+        """What rank 0 tells."""
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(length, 0, group=self._orders)
+        message = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(message, 0, group=self._orders)
+        return message.numpy().tobytes()
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """What each rank has to say, on all of them."""
+        if self.size == 1:
+            return [message]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, message, group=self._orders)
+        return found
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Elementwise over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def put(self, name: str, value: str) -> None:
+        """Leave something where :meth:`take` finds it, from any thread."""
+        dist.distributed_c10d._get_default_store().set(name, value)
+
+    def take(self, name: str) -> str:
+        """What a rank has put there, waiting for it; it is gone then. Raises RuntimeError after a while."""
+        value = self.see(name)
+        dist.distributed_c10d._get_default_store().delete_key(name)
+        return value
+
+    def see(self, name: str) -> str:
+        """What a rank has put there for several to see, waiting for it."""
+        store = dist.distributed_c10d._get_default_store()
+        store.wait([name], datetime.timedelta(seconds=COLLECTIVE))
+        return bytes(store.get(name)).decode()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,59 @@
+"""FSDP2: every rank keeps a share of each parameter, and of its gradient and optimizer state.
+
+Shares are contiguous rows (PyTorch's ``fully_shard``), so each rank publishes its own and nothing is gathered for that.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+
+class Whole(nn.Module):
+    """A model whose forward pass is ``compute``, which uses every one of its parameters: FSDP gathers what a module
+    needs when the module is called, and log-probabilities take the decoder and the projection apart."""
+
+    def __init__(self, model: PreTrainedModel, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.compute = compute
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.compute(*arguments)
+
+
+def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+    """Block by block, then the rest. compute_dtype: in which parameters are gathered, None for their own. Gradients
+    are added up in float32, and not averaged: the loss is divided by the counts of all ranks already."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = set(whole.model._no_split_modules or ())
+    for module in list(whole.model.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(whole, mesh=mesh, mp_policy=policy)
+    for module in whole.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of it; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of it. With several ranks this is for all of them to call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(value: Tensor, pattern: Tensor) -> Tensor:
+    """``value``, which every rank holds whole, shared out as ``pattern`` is."""
+    if not isinstance(pattern, DTensor) or value.shape != pattern.shape:
+        return value
+    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)

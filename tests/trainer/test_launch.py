@@ -1,0 +1,145 @@
+"""Runs of several processes, started as a user starts them: NPROC_PER_NODE and NNODES in the environment."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from outrider.demo.task import problems, write_jsonl
+from outrider.trainer.summary import Summary
+from tests.contract.servers import Server, start_torch
+from tests.server.models import DEMO_MODEL
+
+KEY = "a key for tests"
+DEADLINE = 240.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = start_torch(DEMO_MODEL, tmp_path_factory.mktemp("server"), key=KEY)
+    yield started
+    started.kill()
+
+
+def start(
+    server: Server, directory: Path, *flags: str, nodes: int = 1, node: int = 0, processes: int = 2, steps: int = 6,
+    rate: float = 5e-4, port: int = 0,
+) -> "subprocess.Popen[str]":  # fmt: skip
+    """A trainer of 128 rollouts a step."""
+    if not (directory / "train.jsonl").exists():
+        write_jsonl(directory / "train.jsonl", problems("train", 3000, 0))
+        write_jsonl(directory / "heldout.jsonl", problems("heldout", 100, 0))
+    settings = {
+        "model": DEMO_MODEL, "vllm_server_port": server.port, "dataset": directory / "train.jsonl",
+        "val_dataset": directory / "heldout.jsonl", "reward_funcs": "accuracy", "num_generations": 8,
+        "per_device_train_batch_size": 128 // (nodes * processes), "max_completion_length": 8, "temperature": 1.0,
+        "max_staleness": 1, "beta": 0, "learning_rate": rate, "lr_scheduler_type": "constant", "max_steps": steps,
+        "save_steps": 2, "threads": 1, "output_dir": directory / "run", "vllm_server_api_key": KEY,
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    placement = {"NPROC_PER_NODE": str(processes)}
+    if nodes > 1:
+        placement |= {
+            "NNODES": str(nodes),
+            "NODE_RANK": str(node),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    return subprocess.Popen(
+        [sys.executable, "-m", "outrider.cli.main", "train", *words, *flags],
+        env={**os.environ, **placement}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def rows(directory: Path) -> list[dict[str, object]]:
+    path = directory / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ranks_of(launcher: int) -> dict[str, int]:
+    """Process ids of a launcher's ranks."""
+    found = {}
+    for task in Path(f"/proc/{launcher}/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {v[5:].decode(): int(pid) for v in variables if v.startswith(b"RANK=")}
+    return found
+
+
+def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path: Path) -> None:
+    """Two learn, one of them is killed, and four go on where they were; then one alone."""
+    running = start(server, tmp_path, steps=400)
+    deadline = time.monotonic() + DEADLINE
+    while len(rows(tmp_path)) < 5:
+        assert time.monotonic() < deadline
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    os.kill(ranks_of(running.pid)["1"], signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "rank 1 on node 0 ended with signal 9, and the run with it" in said
+    for processes, steps in ((4, 8), (1, 10)):
+        output, said = start(
+            server, tmp_path, "--resume_from_checkpoint", "auto", processes=processes, steps=steps
+        ).communicate(timeout=DEADLINE)
+        assert "resumed from" in output, said
+        summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
+        assert (summary.finished, summary.steps) == (True, steps)
+        assert summary.max_staleness_seen <= 1
+    assert (summary.reward_after or 0) >= 0.5
+
+
+def test_two_nodes_train_together(server: Server, tmp_path: Path) -> None:
+    port = free_port()
+    second = start(server, tmp_path, nodes=2, node=1, processes=1, port=port)
+    first = start(server, tmp_path, nodes=2, node=0, processes=1, port=port)
+    _, said = first.communicate(timeout=DEADLINE)
+    assert first.returncode == 0, said
+    assert second.wait(60) == 0
+    summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
+    assert (summary.finished, summary.steps) == (True, 6)
+
+
+def test_a_node_with_another_parameter_is_named(server: Server, tmp_path: Path) -> None:
+    port = free_port()
+    second = start(server, tmp_path, nodes=2, node=1, processes=1, rate=1e-3, port=port)
+    first = start(server, tmp_path, nodes=2, node=0, processes=1, port=port)
+    for process in (first, second):
+        _, said = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 2
+        assert "--learning_rate is 0.001 on node 1 (rank 1) and 0.0005 on node 0 (rank 0): start all nodes" in said
+
+
+def test_ctrl_c_saves_what_there_is(server: Server, tmp_path: Path) -> None:
+    running = start(server, tmp_path, steps=400)
+    deadline = time.monotonic() + DEADLINE
+    while len(rows(tmp_path)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "go on with the same command and --resume_from_checkpoint auto" in said
+    assert not ranks_left()
+
+
+def ranks_left() -> list[int]:
+    """Ranks of this test's runs that are still there."""
+    return [
+        int(path.name) for path in Path("/proc").iterdir()
+        if path.name.isdigit() and b"outrider.cli.main\0train" in (path / "cmdline").read_bytes()
+    ]  # fmt: skip
