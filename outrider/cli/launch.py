@@ -4,6 +4,7 @@ Its ranks are in sessions of their own, and it ends them 30 seconds after Ctrl-C
 not reach it here: they are handed on to the ranks, of which the first finishes its step, saves, and ends the run.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from types import FrameType
 
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
+from outrider.weights.segments import remove_stale_segments
 
 #: Seconds for all nodes to come, and those after which one says that it waits.
 RENDEZVOUS = 600
@@ -23,7 +25,7 @@ PATIENCE = 15.0
 def launch(placement: Placement, command: list[str]) -> int:
     """Run ``command``, a module and its arguments, as ranks; the exit status of the first of them that failed, or 0.
     Raises UserError when the other nodes do not come."""
-    from torch.distributed import DistStoreError
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -56,14 +58,15 @@ def launch(placement: Placement, command: list[str]) -> int:
             f"rank {rank} on node {placement.node} ended with {died}, and the run with it; go on with "
             "--resume_from_checkpoint auto"
         ) from None
-    except (DistStoreError, TimeoutError) as error:
+    except (DistStoreError, DistNetworkError, TimeoutError) as error:
         raise UserError(
-            f"node {placement.node} of {placement.nodes} has waited {RENDEZVOUS} s at {placement.address}:"
-            f"{placement.port} for the other nodes: is NODE_RANK 0 there, are all nodes started, and is the port open "
-            f"between them? ({error})"
+            f"node {placement.node} of {placement.nodes} could not join the others at {placement.address}:"
+            f"{placement.port} within {RENDEZVOUS} s: is NODE_RANK 0 there, are all nodes started, is the port free "
+            f"there, and open between them? ({str(error).splitlines()[0]})"
         ) from error
     finally:
         patience.cancel()
+        remove_stale_segments()  # of ranks that were killed
     return 0
 
 
@@ -78,24 +81,21 @@ def _tell_of_waiting(placement: Placement) -> None:
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    """To the first rank, where it is on this node; else to all of them: without this node there is no run."""
+    """To the first rank, where it is on this node; else all end: without this node there is no run."""
     ranks = _ranks()
     for pid in [ranks["0"]] if "0" in ranks else ranks.values():
-        os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)
+        os.kill(pid, number if number == signal.SIGINT and "0" in ranks else signal.SIGTERM)
 
 
 def _ranks() -> dict[str, int]:
     """Process ids of the children by their rank."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            try:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            for variable in variables:
-                if variable.startswith(b"RANK="):
-                    found[variable.removeprefix(b"RANK=").decode()] = int(pid)
+        with contextlib.suppress(OSError):  # a thread, or a child, that ends at this moment
+            for pid in (task / "children").read_text().split():
+                for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if variable.startswith(b"RANK="):
+                        found[variable.removeprefix(b"RANK=").decode()] = int(pid)
     return found
 
 

@@ -26,9 +26,15 @@ class Placement:
 def find_placement(environment: Mapping[str, str]) -> Placement:
     """From NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT, or what torchrun has made of them.
     UserError where they are wrong."""
-    if "WORLD_SIZE" in environment:  # torchrun has started this one
+    if "WORLD_SIZE" in environment and "LOCAL_RANK" in environment:  # torchrun has started this one
         return Placement(_count(environment, "WORLD_SIZE"))
     nodes, processes = _count(environment, "NNODES"), _count(environment, "NPROC_PER_NODE")
+    if nodes * processes == 1 and _count(environment, "WORLD_SIZE") > 1:
+        raise UserError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} and LOCAL_RANK is not set, so torchrun has not started this "
+            "process: set NNODES, NODE_RANK and NPROC_PER_NODE instead (clusters that set WORLD_SIZE and RANK mean "
+            "nodes by them)"
+        )
     if nodes * processes == 1:
         return Placement(1)
     node = _node(environment, nodes)

@@ -36,14 +36,14 @@ def start(config: TrainConfig, command: list[str]) -> int:
         if is_first_process(os.environ):
             show(describe(config, resolved))
         return 0
-    if is_first_process(os.environ):
-        for warning in resolved.warnings:
-            print(f"outrider: warning: {warning}", file=sys.stderr)
-        prepare_output_dir(Path(config.run.output_dir))
     if placement.launches:
         from outrider.cli.launch import launch
 
         return launch(placement, command)
+    if is_first_process(os.environ):
+        for warning in resolved.warnings:
+            print(f"outrider: warning: {warning}", file=sys.stderr)
+        prepare_output_dir(Path(config.run.output_dir))
     yield_idle_threads()
     from outrider.trainer.run import train
 

@@ -36,7 +36,8 @@ from outrider.collector.setup import (
     sampling_template,
     start_rewards,
 )
-from outrider.collector.stock_client import StockClient, TrainerFacts
+from outrider.collector.stock_client import StockClient
+from outrider.collector.stock_meeting import TrainerFacts
 from outrider.contract.errors import UserError
 from outrider.contract.feed import (
     Begin,

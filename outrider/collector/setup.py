@@ -8,7 +8,7 @@ from outrider.collector.config import CollectorSpec, SamplingConfig
 from outrider.collector.preflight import Expected
 from outrider.collector.prompts import PromptSet, load_rows, split_rows
 from outrider.collector.reward_runner import RewardRunner
-from outrider.collector.stock_client import TrainerFacts
+from outrider.collector.stock_meeting import TrainerFacts
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest

@@ -8,21 +8,21 @@ for them, and takes back those that vLLM has not begun. So every answer is of on
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from outrider.collector.client import INFO_TIMEOUT, Answer, Refused, ServerClient, ServerLost
+from outrider.collector.client import INFO_TIMEOUT, Refused, ServerClient, ServerLost
 from outrider.collector.nccl_link import LinkFailed, NcclLink
+from outrider.collector.stock_meeting import HOW, Paused, TrainerFacts, WeightInfo, WorldSize, decoded, meet
 from outrider.contract import routes
 from outrider.contract.control import Inflight, ServerInfo, WeightStatus
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest
-from outrider.contract.identity import host_identity
 from outrider.contract.manifest import Manifest
 from outrider.environments.base import Completion, logprob_array, token_array
 from outrider.weights.nccl_orders import Connect, Load, Prepare, Send
@@ -43,37 +43,15 @@ ANSWERS = 2.0
 BUFFER_BYTES, BUFFERS = 2**28, 2
 #: Updates in a row that may fail before the run ends.
 FAILURES = 5
-#: Sequences that vLLM decodes at once by default. It does not say how many it was told.
-MAX_NUM_SEQS = 256
 #: The first version with these routes, and the one in which ``packed`` moved from an update's description to the
 #: group's.
 _OLDEST, _PACKED_AT_INIT = (0, 24), (0, 28)
 
 _START_TIME = re.compile(rb"^process_start_time_seconds(?:\{.*\})? ([\d.e+]+)", re.MULTILINE)
-_HOW = (
-    'start it with VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend":"nccl"}\' '
-    "--logprobs-mode processed_logprobs"
-)
 #: Sampling parameters that vLLM takes from the model's generation_config.json where a request leaves them out.
 _DEFAULTED = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainerFacts:
-    """What such a server cannot be asked, and the trainer knows.
-
-    plain_sampling: temperature 1 and nothing that truncates or shifts the distribution. probe: a text and its token
-    ids by the trainer's tokenizer.
-    """
-
-    model_fingerprint: str
-    tokenizer_hash: str
-    torch_dtype: str
-    vocab_size: int
-    plain_sampling: bool
-    probe: tuple[str, list[int]]
 
 
 class StockClient(ServerClient):
@@ -148,7 +126,8 @@ class StockClient(ServerClient):
             self._known = None
             await self._forget()
         if self._known is None:
-            self._known, self._life = await self._meet(), life
+            resume = functools.partial(self._end_update, failed=True)
+            self._known, self._life = await meet(self.url, self._bytes, self._facts, resume), life
         self._known.version, self._known.run_id = self._version, self._run_id
         return self._known
 
@@ -164,60 +143,7 @@ class StockClient(ServerClient):
             content = await self._bytes("GET", "/weight_info", None, INFO_TIMEOUT)
         except Refused:
             return True  # an older one does not say
-        return _decoded(content, _WeightInfo).weight_version == _label(self._run_id, self._version)
-
-    async def _meet(self) -> ServerInfo:
-        """Find out whom we have to do with; once in a server's life."""
-        facts = self._facts
-        models = _decoded(await self._ask_stock(routes.MODELS), _Models)
-        version = _decoded(await self._ask_stock("/version"), _Version)
-        await self._ask_stock("/get_world_size")
-        if _decoded(await self._ask_stock("/is_paused"), _Paused).is_paused:
-            log.warning("%s is paused, by somebody who has not come to resume it; it is resumed", self.url)
-            await self._end_update(failed=True)
-        await self._check_tokenizer()
-        if not facts.plain_sampling and not await self._logprobs_are_processed():
-            raise UserError(
-                f"server {self.url} reports log-probabilities from before temperature and truncation, which are not "
-                "those its tokens were drawn with: start it with --logprobs-mode processed_logprobs, or sample with "
-                "--temperature 1 and nothing else"
-            )
-        return ServerInfo(
-            engine="vllm", engine_version=version.version, model=models.data[0].id,
-            model_fingerprint=facts.model_fingerprint, tokenizer_hash=facts.tokenizer_hash,
-            torch_dtype=facts.torch_dtype, max_model_len=models.data[0].max_model_len, max_num_seqs=MAX_NUM_SEQS,
-            vocab_size=facts.vocab_size, version=0, run_id="",
-            host=host_identity(),  # its weights come from a process on this host
-            capabilities=("inflight_recompute", "inflight_wait"),
-        )  # fmt: skip
-
-    async def _ask_stock(self, path: str) -> bytes:
-        try:
-            return await self._bytes("GET", path, None, INFO_TIMEOUT)
-        except Refused as error:
-            if error.status != 404:
-                raise
-            raise UserError(
-                f"server {self.url} has no {path}, which vLLM has when its weights may be changed: {_HOW}"
-            ) from error
-
-    async def _check_tokenizer(self) -> None:
-        text, expected = self._facts.probe
-        body = msgspec.json.encode({"prompt": text, "add_special_tokens": False})
-        answer = _decoded(await self._bytes("POST", "/tokenize", body, INFO_TIMEOUT), _Tokens)
-        if answer.tokens != expected:
-            raise UserError(
-                f"server {self.url}: its tokenizer makes {answer.tokens} of {text!r}, the trainer's makes {expected}: "
-                "start both with the same model"
-            )
-
-    async def _logprobs_are_processed(self) -> bool:
-        """Whether truncation shows in the log-probabilities: where only one token is left, it has all probability."""
-        body = {"prompt": self._facts.probe[1], "max_tokens": 1, "top_k": 1, "temperature": 1.0, "logprobs": 2,
-                "return_tokens_as_token_ids": True}  # fmt: skip
-        content = await self._bytes("POST", routes.COMPLETIONS, msgspec.json.encode(body), 60.0)
-        first, *others = sorted(_decoded(content, _Probed).choices[0].logprobs.top_logprobs[0].values(), reverse=True)
-        return abs(first) < 1e-3 and all(other < -1000 for other in others)
+        return decoded(content, WeightInfo).weight_version == _label(self._run_id, self._version)
 
     async def status(self) -> WeightStatus:
         """What it holds, as far as is known here."""
@@ -315,7 +241,7 @@ class StockClient(ServerClient):
         for _ in range(RESUMPTIONS):
             try:
                 await self._phase("/resume", RESUME)
-                if not _decoded(await self._bytes("GET", "/is_paused", None, RESUME), _Paused).is_paused:
+                if not decoded(await self._bytes("GET", "/is_paused", None, RESUME), Paused).is_paused:
                     return None
                 problem = "it says that it is paused"  # a pause that was still under way
             except ServerLost as error:
@@ -343,7 +269,7 @@ class StockClient(ServerClient):
         except LinkFailed as error:
             raise UserError(f"--weight_transport nccl: {error}") from error
         await self._let_go()
-        size = _decoded(await self._bytes("GET", "/get_world_size", None, INFO_TIMEOUT), _WorldSize)
+        size = decoded(await self._bytes("GET", "/get_world_size", None, INFO_TIMEOUT), WorldSize)
         port = await _free_port(self._address)
         init = {"master_address": self._address, "master_port": port, "rank_offset": 1,
                 "world_size": 1 + size.world_size}  # fmt: skip
@@ -360,7 +286,7 @@ class StockClient(ServerClient):
             ) from error
         except Refused as error:
             if "not configured" in error.message:
-                raise UserError(f"server {self.url} takes no weights ({error.message}): {_HOW}") from error
+                raise UserError(f"server {self.url} takes no weights ({error.message}): {HOW}") from error
             raise
         self._connected = True
 
@@ -394,13 +320,6 @@ def _label(run_id: str, version: int) -> str:
     return f"{run_id}:{version}"
 
 
-def _decoded(content: bytes, kind: type[Answer]) -> Answer:
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.MsgspecError as error:
-        raise Refused(502, f"it answered what vLLM does not: {error}") from error
-
-
 _PACKING = {"packed": True, "packed_buffer_size_bytes": BUFFER_BYTES, "packed_num_buffers": BUFFERS}
 
 
@@ -426,44 +345,3 @@ async def _free_port(address: str) -> int:
     server.close()
     await server.wait_closed()
     return port
-
-
-class _Model(msgspec.Struct):
-    id: str
-    max_model_len: int
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-class _Version(msgspec.Struct):
-    version: str
-
-
-class _Paused(msgspec.Struct):
-    is_paused: bool
-
-
-class _WeightInfo(msgspec.Struct):
-    weight_version: str
-
-
-class _WorldSize(msgspec.Struct):
-    world_size: int
-
-
-class _Tokens(msgspec.Struct):
-    tokens: list[int]
-
-
-class _ProbedLogprobs(msgspec.Struct):
-    top_logprobs: list[dict[str, float]]
-
-
-class _ProbedChoice(msgspec.Struct):
-    logprobs: _ProbedLogprobs
-
-
-class _Probed(msgspec.Struct):
-    choices: list[_ProbedChoice]

@@ -28,10 +28,10 @@ class Follower:
         self.run_id = spec.run_id
         self.closers = contextlib.ExitStack()
 
-    def run(self) -> int:
-        """Until rank 0 says that the run has ended. Raises UserError."""
+    def run(self, collector: bytes) -> int:
+        """Until rank 0 says that the run has ended. collector: for rank 0. Raises UserError."""
         die_with_parent(signal.SIGTERM)
-        # Ctrl-C reaches the whole terminal group; what becomes of the step is for rank 0 to say.
+        # What becomes of the step is for rank 0 to say, which has heard it as well.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with self.closers:
             while True:

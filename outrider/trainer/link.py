@@ -31,6 +31,9 @@ from outrider.contract.feed import (
 from outrider.contract.manifest import Manifest
 from outrider.observe.panel import Panel
 
+#: What makes a process a rank.
+_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+         "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")  # fmt: skip
 #: Seconds between two looks at whether the collector lives and whether to stop.
 _POLL = 0.2
 #: Seconds without any message after which the collector counts as stuck. It sends its status twice a second.
@@ -71,6 +74,8 @@ class CollectorLink:
         self._log = open(self._log_path, "ab")  # noqa: SIM115 - it is the child's as long as the child lives
         # One thread: the collector computes nothing, and idle thread pools of its libraries cost the trainer cores.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        for name in _RANK:  # the collector, and with it a user's reward functions, is no rank of the trainer
+            environment.pop(name, None)
         command = [sys.executable, "-m", "outrider.collector.process", self._endpoint]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
         # A message to nobody would wait for ever: the child may have died before it got as far as to connect.

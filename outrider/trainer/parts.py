@@ -37,12 +37,12 @@ def load_parts(spec: TrainerSpec, ranks: Ranks, checkpoint: Path | None) -> Part
     source = str(checkpoint) if checkpoint is not None else spec.model.model
     chunk = spec.loss.logprob_chunk_size
     policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
+    if ranks.mesh is not None:
+        policy.shard(ranks.mesh)  # before the next model is loaded whole
     reference = None
     if spec.loss.beta > 0:
         reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
-    if ranks.mesh is not None:
-        policy.shard(ranks.mesh)
-        if reference is not None:
+        if ranks.mesh is not None:
             reference.shard(ranks.mesh)
     optimizer = make_optimizer(policy.model, spec.optimizer)
     if checkpoint is not None:

@@ -1,13 +1,17 @@
 """The processes of a run, as one of them sees the others: who they are, and what they do together."""
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from outrider.contract.errors import UserError
 
 #: Seconds for a collective of a step: whoever is not there by then is not coming. A rank that dies closes its
 #: connections, which the others notice at once; this is for a host that vanishes.
@@ -19,7 +23,8 @@ ORDER = 48 * 3600.0
 def lost_connection(error: RuntimeError) -> str | None:
     """What a collective says whose peer is gone, in a line; None for any other error. Gloo has no type for it."""
     text = str(error)
-    if isinstance(error, dist.DistError) or "gloo" in text:
+    kinds = dist.DistNetworkError, dist.DistStoreError
+    if isinstance(error, kinds) or "gloo" in text or "remote process exited" in text:
         return text.splitlines()[0].rpartition("] ")[2]
     return None
 
@@ -34,8 +39,15 @@ class Ranks:
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         on_gpu = torch.cuda.is_available()
+        if on_gpu and self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {self.rank} is process {self.local_rank} of its node, which shows {torch.cuda.device_count()} "
+                "GPUs: give each process its own (NPROC_PER_NODE, CUDA_VISIBLE_DEVICES)"
+            )
         if on_gpu:
             torch.cuda.set_device(self.local_rank)
+        #: Whether the other ranks wait for an order, and are not in the middle of something, or gone.
+        self.listening = self.size > 1
         self.mesh: DeviceMesh | None = None
         self._orders: Any = None
         if self.size > 1:
@@ -48,11 +60,26 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def tell(self, message: bytes) -> None:
-        """Rank 0 to all others. They must be listening, or come to it."""
-        if self.size > 1:
-            dist.broadcast(torch.tensor([len(message)]), 0, group=self._orders)
-            dist.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), 0, group=self._orders)
+    @contextlib.contextmanager
+    def together(self, order: bytes) -> Iterator[None]:
+        """Rank 0 tells the others to do something, and does it as well. Where that fails here, they hang in it: they
+        are told nothing more, and whoever has started them ends them when this process has gone."""
+        told, self.listening = self.listening, False
+        if told:
+            self._tell(order)
+        yield
+        self.listening = told
+
+    def end(self, order: bytes) -> None:
+        """The last thing that rank 0 tells, to whoever is still there."""
+        told, self.listening = self.listening, False
+        if told:
+            with contextlib.suppress(RuntimeError):  # somebody is gone, and then all of them will be
+                self._tell(order)
+
+    def _tell(self, message: bytes) -> None:
+        dist.broadcast(torch.tensor([len(message)]), 0, group=self._orders)
+        dist.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), 0, group=self._orders)
 
     def hear(self) -> bytes:
         """What rank 0 tells."""

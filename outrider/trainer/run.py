@@ -4,7 +4,6 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -28,7 +27,7 @@ from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import load_config, load_tokenizer
 from outrider.trainer.optimizer import learning_rate
-from outrider.trainer.orders import End, Load, Open, Order, Step, encode
+from outrider.trainer.orders import End, Load, Open, Step, encode
 from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
 from outrider.trainer.plan import planned_steps
 from outrider.trainer.ranks import Ranks, lost_connection
@@ -50,16 +49,15 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     ranks = Ranks()
     try:
         compare_settings(ranks, spec.configuration)
-        if not ranks.leads:
-            return Follower(spec, ranks).run()
-        return Trainer(spec, Path(spec.run.output_dir), ranks).run(collector)
+        run = Trainer(spec, Path(spec.run.output_dir), ranks) if ranks.leads else Follower(spec, ranks)
+        status = run.run(collector)
+        ranks.close()  # not after an error: it might wait for what does not come
+        return status
     except RuntimeError as error:
         if not (lost := lost_connection(error)):
             raise
         print(f"outrider: rank {ranks.rank} on node {ranks.node}: another rank is gone: {lost}", file=sys.stderr)
         return 1
-    finally:
-        ranks.close()
 
 
 def prepare(spec: TrainerSpec) -> None:
@@ -85,8 +83,6 @@ class Trainer:
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, ranks: Ranks) -> None:
         self.spec, self.output_dir, self.ranks = spec, output_dir, ranks
-        #: Whether the other ranks wait for an order, and not in the middle of something for this one.
-        self.listening = True
         self.step = 0
         self.max_steps = 0
         self.time_before = 0.0
@@ -125,7 +121,7 @@ class Trainer:
             asked = load_config(spec.model, spec.model.model)
             state = load_state(checkpoint, model_fingerprint(asked.to_dict()))
         tokenizer = load_tokenizer(spec.model)
-        with self._together(Load(spec.run_id, None if checkpoint is None else str(checkpoint))):
+        with self.ranks.together(encode(Load(spec.run_id, None if checkpoint is None else str(checkpoint)))):
             self.parts = load_parts(spec, self.ranks, checkpoint)
         policy, optimizer = self.parts.policy, self.parts.optimizer
         self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks)
@@ -146,21 +142,14 @@ class Trainer:
             )
         dtype, segment_url = self.ready.serving_dtype, self.ready.segment_url or None
         description = Description(self.ranks, spec.run_id)
-        with self._together(Open(self.step, dtype, segment_url, spec.server_url, client_key(spec.api_key))):
+        with self.ranks.together(
+            encode(Open(self.step, dtype, segment_url, spec.server_url, client_key(spec.api_key)))
+        ):
             self.publisher = make_publisher(
                 policy, dtype, spec.run_id, segment_url, lambda part: self.link.announce(description.whole(part))
             )
         self.closers.callback(self.publisher.close)
         self._publish()
-
-    @contextlib.contextmanager
-    def _together(self, order: Order) -> Iterator[None]:
-        """Do something that all ranks do. Where it fails here, they are not told of an end: they hang in it, and
-        whoever started them ends them when this process has gone."""
-        self.listening = False
-        self.ranks.tell(encode(order))
-        yield
-        self.listening = True
 
     def _panel(self, plain: bool) -> Panel:
         logging = msgspec.structs.replace(self.spec.logging, panel="off") if plain else self.spec.logging
@@ -215,7 +204,7 @@ class Trainer:
             self.step, self.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
         )
         self.parts.set_learning_rate(rate)
-        with clock.part("train"), self._together(Step(batch, rate, self.step + 1)):
+        with clock.part("train"), self.ranks.together(encode(Step(batch, rate, self.step + 1))):
             outcome = self.parts.computer.gradients(batch, clock)
         # Copies of the version before read what the optimizer is about to change.
         with clock.part("publish_wait"):
@@ -342,8 +331,7 @@ class Trainer:
     def close(self) -> None:
         """End the collector, wait for what is being saved, remove the segments, put the terminal back."""
         self.panel.stop()
-        if self.listening:
-            self.ranks.tell(encode(End()))
+        self.ranks.end(encode(End()))
         self.link.stop("the run has ended")
         self.closers.close()
         self.interrupt.restore()

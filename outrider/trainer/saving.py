@@ -122,8 +122,8 @@ class Saver:
         what all of them hold."""
         if self._ranks.size == 1:
             return self.policy.model.state_dict(), self.optimizer.state_dict() if optimizer else None
-        self._ranks.tell(encode(Gather(optimizer)))
-        return gather(self.policy.model, self.optimizer if optimizer else None, keep=True)
+        with self._ranks.together(encode(Gather(optimizer))):
+            return gather(self.policy.model, self.optimizer if optimizer else None, keep=True)
 
     def _write(self, contents: Contents) -> None:
         save_checkpoint(self.output_dir, contents, self.config.save_total_limit)

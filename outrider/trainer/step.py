@@ -69,7 +69,7 @@ class StepComputer:
             with clock.part("collate"):
                 # Who has nothing to do in a round computes something all the same: gathering weights and adding up
                 # gradients is for all ranks.
-                chosen = rows or [[0]]
+                chosen = rows or [[min(range(len(samples)), key=lambda index: len(samples[index].completion))]]
                 micro = collate([[samples[index] for index in row] for row in chosen], self.policy.device)
             found, largest = self._backward(micro, counts, idle=rows is None)
             if rows is not None:

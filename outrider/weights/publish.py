@@ -73,8 +73,13 @@ class Publisher:
                 f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {segment_directory()} "
                 f"({error.strerror}); enlarge it (in containers: --shm-size)"
             ) from error
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._pool = ThreadPoolExecutor(1, "publish", self._use_device)
         self._pending: Future[Manifest] | None = None
+
+    def _use_device(self) -> None:
+        """A thread begins on the first GPU, and would make a context of CUDA there."""
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
 
     def publish(self, version: int) -> "Future[Manifest]":
         """Start to copy the weights as version ``version``. They must not change until :meth:`wait` returns."""

@@ -111,6 +111,7 @@ def test_train_trains_and_warns(installed: Callable[..., None], capsys: pytest.C
 def test_only_the_first_process_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert outrider.main([*TRAIN, "--dry_run"]) == 0
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,18 +16,17 @@ from outrider.trainer.step import StepComputer
 from tests.trainer.build import batch_of, make_policy, random_samples
 
 
-def main(model: str, beta: str, rows: str, budget: str, output: str) -> None:
-    torch.set_num_threads(1)
-    ranks = Ranks()
-    policy = make_policy(Path(model))
-    reference = make_policy(Path(model), trainable=False) if float(beta) else None
+def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int) -> dict[str, Any]:
+    """Ten steps: losses, norms, counts, divergences and gaps, and the weights after them."""
+    policy = make_policy(model)
+    reference = make_policy(model, trainable=False) if beta else None
     if ranks.mesh is not None:
         policy.shard(ranks.mesh)
         if reference is not None:
             reference.shard(ranks.mesh)
     optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
-    config = BatchConfig(per_device_train_batch_size=int(rows), max_tokens_per_micro_batch=int(budget) or None)
-    spec = LossSpec(loss_type="dapo", beta=float(beta), max_completion_length=16)
+    config = BatchConfig(per_device_train_batch_size=rows, max_tokens_per_micro_batch=budget or None)
+    spec = LossSpec(loss_type="dapo", beta=beta, max_completion_length=16)
     computer = StepComputer(policy, reference, spec, config, "token_truncate", 2.0, 1.0, ranks)
     outcomes = []
     for step in range(10):
@@ -36,8 +36,18 @@ def main(model: str, beta: str, rows: str, budget: str, output: str) -> None:
         optimizer.zero_grad()
         outcomes.append((outcome.loss, outcome.grad_norm, outcome.tokens, outcome.kl, outcome.logprob_gap_max))
     weights = {name: whole_tensor(value).detach() for name, value in policy.model.named_parameters()}
+    return {"outcomes": outcomes, "weights": weights}
+
+
+def main(model: str, output: str, *variants: str) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    found = {}
+    for variant in variants:
+        beta, rows, budget = variant.split(",")
+        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget))
     if ranks.leads:
-        torch.save({"outcomes": outcomes, "weights": weights}, output)
+        torch.save(found, output)
     ranks.close()
 
 

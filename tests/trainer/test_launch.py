@@ -15,6 +15,7 @@ import pytest
 
 from outrider.demo.task import problems, write_jsonl
 from outrider.trainer.summary import Summary
+from outrider.weights.segments import segment_directory
 from tests.contract.servers import Server, start_torch
 from tests.server.models import DEMO_MODEL
 
@@ -88,10 +89,12 @@ def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path
         assert time.monotonic() < deadline
         assert running.poll() is None, running.communicate()
         time.sleep(0.05)
-    os.kill(ranks_of(running.pid)["1"], signal.SIGKILL)
+    ranks = ranks_of(running.pid)
+    os.kill(ranks["1"], signal.SIGKILL)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 2
     assert "rank 1 on node 0 ended with signal 9, and the run with it" in said
+    assert not [path for pid in ranks.values() for path in segment_directory().glob(f"outrider-*-{pid}-*")]
     for processes, steps in ((4, 8), (1, 10)):
         output, said = start(
             server, tmp_path, "--resume_from_checkpoint", "auto", processes=processes, steps=steps
@@ -130,11 +133,14 @@ def test_ctrl_c_saves_what_there_is(server: Server, tmp_path: Path) -> None:
     while len(rows(tmp_path)) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    ranks = ranks_of(running.pid)
+    assert len(ranks) == 2
     running.send_signal(signal.SIGINT)
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "go on with the same command and --resume_from_checkpoint auto" in said
     assert not ranks_left()
+    assert not [path for pid in ranks.values() for path in segment_directory().glob(f"outrider-*-{pid}-*")]
 
 
 def ranks_left() -> list[int]:

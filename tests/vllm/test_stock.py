@@ -27,7 +27,8 @@ from transformers import AutoTokenizer
 from outrider.collector import stock_client
 from outrider.collector.client import ServerLost
 from outrider.collector.setup import PROBE
-from outrider.collector.stock_client import StockClient, TrainerFacts
+from outrider.collector.stock_client import StockClient
+from outrider.collector.stock_meeting import TrainerFacts
 from outrider.contract.control import Inflight, ServerInfo
 from outrider.contract.errors import UserError
 from outrider.contract.generation import CompletionRequest
