@@ -28,8 +28,8 @@ class Follower:
         self.run_id = spec.run_id
         self.closers = contextlib.ExitStack()
 
-    def run(self, collector: bytes) -> int:
-        """Until rank 0 says that the run has ended. collector: for rank 0. Raises UserError."""
+    def run(self) -> int:
+        """Until rank 0 says that the run has ended. Raises UserError."""
         die_with_parent(signal.SIGTERM)
         # What becomes of the step is for rank 0 to say, which has heard it as well.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

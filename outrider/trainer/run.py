@@ -49,8 +49,10 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     ranks = Ranks()
     try:
         compare_settings(ranks, spec.configuration)
-        run = Trainer(spec, Path(spec.run.output_dir), ranks) if ranks.leads else Follower(spec, ranks)
-        status = run.run(collector)
+        if ranks.leads:
+            status = Trainer(spec, Path(spec.run.output_dir), ranks).run(collector)
+        else:
+            status = Follower(spec, ranks).run()
         ranks.close()  # not after an error: it might wait for what does not come
         return status
     except RuntimeError as error:

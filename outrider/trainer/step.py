@@ -62,7 +62,6 @@ class StepComputer:
         # On the device until the end: a number that is read back after each micro-batch would hold up the next one.
         sums = torch.zeros(7, dtype=torch.float64, device=self.policy.device)
         gap_max = torch.zeros((), device=self.policy.device)
-        tokens = 0
         with clock.part("collate"):
             mine = self._share(batch)
         for rows in mine:
@@ -75,8 +74,6 @@ class StepComputer:
             if rows is not None:
                 sums += found
                 gap_max = torch.maximum(gap_max, largest)
-                tokens += len(micro.targets)
-        sums[6] = tokens
         loss, clip_low, clip_high, kl, gap, corrected, tokens = self.ranks.sum(sums).tolist()
         gap_max = self.ranks.maximum(gap_max)
         trained = max(tokens, 1)
@@ -105,7 +102,7 @@ class StepComputer:
 
     def _backward(self, micro: MicroBatch, counts: StepCounts, idle: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a micro-batch's gradient; idle: nothing. Returns its loss and the sums over its tokens (clipped low,
-        clipped high, KL, gap, correction) and a place for their number as one tensor [7], and its largest gap."""
+        clipped high, KL, gap, correction) and their number as one tensor [7], and its largest gap."""
         logprobs = self.policy.logprobs(micro)
         # One optimizer step a batch: the policy before the step is the policy now, and needs no second pass.
         old = logprobs.detach()
@@ -133,9 +130,9 @@ class StepComputer:
         )
         (out.loss * 0.0 if idle else out.loss).backward()
         gap = logprob_gap(old, micro.rollout_logprobs)
-        sums = (out.loss.detach(), out.clip_low_sum, out.clip_high_sum, out.kl_sum, gap.abs_sum, weights.sum())
-        stacked = torch.stack([value.double() for value in sums])
-        return torch.nn.functional.pad(stacked, (0, 1)), gap.abs_max
+        sums = (out.loss.detach(), out.clip_low_sum, out.clip_high_sum, out.kl_sum, gap.abs_sum, weights.sum(),
+                torch.full_like(weights.sum(), len(micro.targets)))  # fmt: skip
+        return torch.stack([value.double() for value in sums]), gap.abs_max
 
     def _clip(self) -> float:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
