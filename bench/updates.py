@@ -38,10 +38,14 @@ class Load:
     """``running`` sequences in flight on a server, from a process of its own, as long as a block lasts. When the tokens
     of ``streams`` of them came is in ``arrivals`` afterwards."""
 
-    def __init__(self, url: str, model: str, running: int, streams: int, new_tokens: int) -> None:
+    def __init__(
+        self, url: str, model: str, running: int, streams: int, new_tokens: int, others: tuple[int, int] | None = None
+    ) -> None:
+        """new_tokens: of each, or of the streams, where ``others`` says from how few to how many the others have."""
         context = multiprocessing.get_context("spawn")
         self._stop, self._queue = context.Event(), context.Queue()
-        arguments = (url, model, running, streams, new_tokens, self._stop, self._queue)
+        lengths = others or (new_tokens, new_tokens)
+        arguments = (url, model, running, streams, new_tokens, lengths, self._stop, self._queue)
         self._process = context.Process(target=_keep_busy, args=arguments, daemon=True)
         self.arrivals: list[list[float]] = []
 
@@ -57,7 +61,9 @@ class Load:
         self._process.kill()
 
 
-def _keep_busy(url: str, model: str, running: int, streams: int, new_tokens: int, stop: Any, arrivals: Any) -> None:
+def _keep_busy(
+    url: str, model: str, running: int, streams: int, new_tokens: int, others: tuple[int, int], stop: Any, arrivals: Any
+) -> None:
     async def run() -> None:
         connector = aiohttp.TCPConnector(limit=0)
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
@@ -69,7 +75,8 @@ def _keep_busy(url: str, model: str, running: int, streams: int, new_tokens: int
                 while not stop.is_set():
                     prompt = [source.randrange(3, 99) for _ in range(PROMPT_TOKENS)]
                     stream = number < streams
-                    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "ignore_eos": True,
+                    length = new_tokens if stream else source.randint(*others)
+                    body = {"model": model, "prompt": prompt, "max_tokens": length, "ignore_eos": True,
                             "logprobs": 0, "return_token_ids": True, "stream": stream}  # fmt: skip
                     async with session.post(f"{url}/v1/completions", data=json.dumps(body)) as answer:
                         if not stream:

@@ -1,72 +1,94 @@
-"""Tokens a second over HTTP of a small model on one GPU: stock vLLM, our layer over it, and several engines at once.
+"""Tokens a second over HTTP of a small model on one GPU: stock vLLM, our layer over it, and what our launcher starts.
 
-    python bench/gpu/serving.py OUT.json [--profile]
+    python bench/gpu/serving.py OUT.json [--profile] [--after PID]
 
-The 0.6B shape in bfloat16, 512 sequences at once, log-probabilities on. All servers run from the beginning, each on
-its share of the memory, and are loaded one after the other, twice. With --profile, where the processes of each server
-spend their time, by py-spy, into files beside OUT.json.
+The 0.6B shape in bfloat16, 512 sequences at once, log-probabilities on. With two GPUs, stock vLLM and one engine of
+ours share the first, and stock vLLM and our launcher's own choice the second, so that each ratio is of one GPU; with
+one of 140 GB all are on it. All run from the beginning and are loaded one after the other, in turns. With --profile,
+where the processes of each server spend their time, by py-spy, in a last turn that does not count, into files beside
+OUT.json. With --after, servers start at once, and are loaded when that process has ended.
 """
 
+import argparse
 import contextlib
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import torch
-from vllm_servers import load, save_shape, server
+from vllm_servers import Side, load, save_shape, server
 
-RUNNING, REQUESTS, NEW_TOKENS = 512, 1024, 256
-ENGINES = 3
+RUNNING, REQUESTS, NEW_TOKENS, TURNS = 512, 1024, 256, 3
+#: Of a server that is to hold all sequences: tokens of 28 layers, 8 heads of 128, keys and values, 2 bytes.
+CACHE = (RUNNING + 16) * (64 + NEW_TOKENS + 16) * 28 * 8 * 128 * 2 * 2
 
 
-def main(out: Path, profile: bool) -> None:
+def main(out: Path, profile: bool, after: int | None) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         model = save_shape(directory / "model", "0.6B")
-        cache = str(19 * 10**9)
-        stock = stack.enter_context(
-            server("stock", model, directory, "--load-format", "dummy", "--kv-cache-memory-bytes", cache,
-                   "--max-num-seqs", str(RUNNING), "--max-model-len", "1024", ours=False)
-        )  # fmt: skip
-        ours = [
-            stack.enter_context(
-                server(f"ours{index}", model, directory, "--engine_kwargs",
-                       json.dumps({"load_format": "dummy", "kv_cache_memory_bytes": int(cache)}),
-                       "--max_num_seqs", str(RUNNING), "--max_model_len", "1024",
-                       ours=True)
-            )
-            for index in range(ENGINES)
-        ]  # fmt: skip
-        for side in (stock, *ours):
+        second = str(torch.cuda.device_count() - 1)
+
+        def stock(name: str, gpus: str) -> Side:
+            return stack.enter_context(
+                server(name, model, directory, "--load-format", "dummy", "--kv-cache-memory-bytes", str(CACHE),
+                       "--max-num-seqs", str(RUNNING), "--max-model-len", "1024", ours=False, gpus=gpus)
+            )  # fmt: skip
+
+        def ours(name: str, gpus: str, cache: int, *flags: str) -> Side:
+            kwargs = json.dumps({"load_format": "dummy", "kv_cache_memory_bytes": cache})
+            return stack.enter_context(
+                server(name, model, directory, "--engine_kwargs", kwargs, "--max_num_seqs", str(RUNNING),
+                       "--max_model_len", "1024", *flags, ours=True, gpus=gpus)
+            )  # fmt: skip
+
+        sides = {
+            "stock": stock("stock", "0"),
+            "ours_one_engine": ours("one", "0", CACHE, "--engines_per_device", "1"),
+            "stock_again": stock("stock_again", second),
+            "ours": ours("ours", second, CACHE // 2),
+        }
+        for side in sides.values():
             side.wait()
             print(side.name, "ready", flush=True)
-        sides = {"stock": [stock], **{f"ours_{count}": ours[:count] for count in range(1, ENGINES + 1)}}
-        speeds: dict[str, list[float]] = {name: [] for name in sides}
-        for round in range(3):
-            for label, servers in sides.items():
-                if profile and round == 2:
-                    watch(servers[0].process.pid, out.with_name(f"profile_{label}.txt"))
-                speed = load(servers, REQUESTS, RUNNING, NEW_TOKENS)
-                print(label, round, f"{speed:.0f}", flush=True)
-                if round:  # the first warms up
+        while after is not None and Path(f"/proc/{after}/cmdline").exists():
+            time.sleep(0.5)
+        speeds: dict[str, list[float]] = {label: [] for label in sides}
+        for turn in range(TURNS + 1):
+            for label, side in sides.items():
+                speed = load([side], REQUESTS, RUNNING, NEW_TOKENS)
+                print(label, turn, f"{speed:.0f}", flush=True)
+                if turn:  # the first warms up
                     speeds[label].append(speed)
-        medians = {label: round(statistics.median(values)) for label, values in speeds.items()}
-        result = {
-            "device": torch.cuda.get_device_name(), "model": "Qwen3 0.6B shape, bfloat16", "running": RUNNING,
-            "new_tokens": NEW_TOKENS, "tokens_per_second": medians,
-            "http_overhead": round(1 - medians["ours_1"] / medians["stock"], 4),
-        }  # fmt: skip
-    out.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+            if turn:
+                write(out, speeds)
+        if profile:
+            for label, side in sides.items():
+                watching = watch(side.process.pid, out.with_name(f"profile_{label}.txt"))
+                load([side], REQUESTS, RUNNING, NEW_TOKENS)
+                watching.join(40)
+    print(out.read_text())
 
 
-def watch(root: int, out: Path) -> None:
-    """Stacks of a server's processes, a few seconds into the load, for ten seconds."""
+def write(out: Path, speeds: dict[str, list[float]]) -> None:
+    """What is known so far."""
+    medians = {label: round(statistics.median(values)) for label, values in speeds.items()}
+    result = {
+        "device": torch.cuda.get_device_name(), "model": "Qwen3 0.6B shape, bfloat16", "running": RUNNING,
+        "new_tokens": NEW_TOKENS, "tokens_per_second": medians,
+        "all": {label: [round(value) for value in values] for label, values in speeds.items()},
+        "http_overhead": round(1 - medians["ours_one_engine"] / medians["stock"], 4),
+        "ratio_to_stock": round(medians["ours"] / medians["stock_again"], 3),
+    }  # fmt: skip
+    out.write_text(json.dumps(result))
+
+
+def watch(root: int, out: Path) -> threading.Thread:
+    """Stacks of a server's processes, a few seconds into the load, for five seconds; the thread that takes them."""
 
     def run() -> None:
         time.sleep(2)
@@ -90,7 +112,9 @@ def watch(root: int, out: Path) -> None:
                 raw.unlink()
         out.write_text("\n".join(lines))
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def descendants(pid: int) -> list[int]:
@@ -123,4 +147,9 @@ def summary(raw: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--profile" in sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--after", type=int)
+    given = parser.parse_args()
+    main(given.out, given.profile, given.after)

@@ -98,9 +98,7 @@ def server(
     environment: dict[str, str] | None = None,
 ) -> Iterator[Side]:
     """Start one, not yet ready; ended with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     if ours:
         command = [sys.executable, "-m", "outrider.cli.main", "rollout", "--engine", "vllm", "--drain_timeout", "0"]
     else:
@@ -121,6 +119,13 @@ def server(
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """Of this host."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """A weight update from a trainer on one GPU to a vLLM server on another that generates 256 sequences: who waits, and
 for how long; beside it vLLM's own transfer over NCCL, to the same server, in the same run.
 
-    python bench/gpu/weight_sync.py OUT.json [--shape 8B] [--updates 6]
+    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 8]
 
 generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
 generation_late_ms: by how much all tokens after it are late; commit_gpu_ms: what the copy takes on the GPU.
@@ -12,6 +12,7 @@ GPU, with the same weights: mean, 99th percentile, largest.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -19,27 +20,24 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
+from gap import gap
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from outrider.contract import routes
-from outrider.contract.arrays import unpack_floats, unpack_ints
 from outrider.contract.control import ServerInfo, WeightStatus
-from outrider.contract.generation import PACKED_MEDIA_TYPE, PackedCompletion
 from outrider.contract.manifest import Manifest
 from outrider.server.vllm_engine.weights import tensor_shapes
 from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from updates import KEY, Load, Window, call, staged_update, stalls
-from vllm_servers import Side, prompts, save_shape, server
+from updates import Load, Window, call, staged_update, stalls
+from vllm_servers import Side, free_port, prompts, save_shape, server
 
 RUNNING, STREAMS = 256, 8
 
@@ -50,15 +48,14 @@ class Training(threading.Thread):
     def __init__(self, publisher: Publisher) -> None:
         super().__init__(daemon=True)
         self.publisher = publisher
-        self.version = 0
+        self.version, self.ended = 0, False
         self.wanted, self.manifests = threading.Semaphore(0), list[Manifest]()
         self.stalls: list[float] = []
         self.published: list[float] = []
 
     def run(self) -> None:
         matrix = torch.randn(8192, 8192, device="cuda:0", dtype=torch.bfloat16)
-        while True:
-            self.wanted.acquire()
+        while self.wanted.acquire() and not self.ended:
             self.version += 1
             started = time.monotonic()
             future = self.publisher.publish(self.version)
@@ -80,6 +77,12 @@ class Training(threading.Thread):
             time.sleep(0.005)
         return self.manifests[-1]
 
+    def end(self) -> None:
+        """Let go of the GPU."""
+        self.ended = True
+        self.wanted.release()
+        self.join(10)
+
 
 class Native:
     """vLLM's own transfer, packed NCCL broadcasts."""
@@ -88,7 +91,7 @@ class Native:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
         self.side, self.tensors, self.engine = side, tensors, NCCLWeightTransferEngine
-        info = {"master_address": "127.0.0.1", "master_port": 29611, "rank_offset": 1, "world_size": 2}
+        info = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "world_size": 2}
         thread = self._aside("/init_weight_transfer_engine", {"init_info": info})
         torch.cuda.set_device(0)
         self.group = self.engine.trainer_init(info)
@@ -133,61 +136,52 @@ def link_speed() -> float:
     return max(speeds)
 
 
-def gap(side: Side, model: Path, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from those of Transformers."""
+def gap_to_trainer(side: Side, model: Path, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from those of Transformers with the same weights."""
     config = AutoConfig.from_pretrained(model)
     with torch.device("cuda:0"):
         trainer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     own = dict(trainer.named_parameters())
-    differences = []
     with torch.inference_mode():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-        for prompt in prompts(64, 77):
-            body = {"model": str(side.model), "prompt": prompt, "max_tokens": 256, "ignore_eos": True, "logprobs": 0,
-                    "return_token_ids": True}  # fmt: skip
-            headers = {
-                "Authorization": f"Bearer {KEY}",
-                "Content-Type": "application/json",
-                "Accept": PACKED_MEDIA_TYPE,
-            }
-            request = urllib.request.Request(side.url + routes.COMPLETIONS, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                [choice] = msgspec.msgpack.decode(answer.read(), type=PackedCompletion).choices
-            ids = unpack_ints(choice.token_ids).tolist()
-            logits = trainer(torch.tensor([prompt + ids], device="cuda:0")).logits[0, len(prompt) - 1 : -1].float()
-            ours = (
-                torch.log_softmax(logits, -1).gather(1, torch.tensor(ids, device="cuda:0")[:, None])[:, 0].cpu().numpy()
-            )
-            differences.append(np.abs(ours - unpack_floats(choice.logprobs)))
-    all_of_them = np.concatenate(differences)
-    return {
-        "gap_mean": round(float(all_of_them.mean()), 5), "gap_p99": round(float(np.quantile(all_of_them, 0.99)), 5),
-        "gap_max": round(float(all_of_them.max()), 5), "gap_tokens": len(all_of_them),
-    }  # fmt: skip
+    return gap(side, trainer, prompts(64, 77), 256)
+
+
+#: By shape: bytes of the cache, so that servers of both shapes fit on a GPU of 80 GB.
+CACHES = {"8B": 20 * 10**9, "0.6B": 14 * 10**9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shape", default="8B")
-    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--shapes", nargs="+", default=["8B", "0.6B"])
+    parser.add_argument("--updates", type=int, default=8)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
-        model = save_shape(directory / "model", arguments.shape)
-        kwargs = {"load_format": "dummy", "weight_transfer_config": {"backend": "nccl"}}
-        flags = ["--engine_kwargs", json.dumps(kwargs), "--max_num_seqs", str(RUNNING), "--max_model_len", "4096",
-                 "--engines_per_device", "1"]  # fmt: skip
-        with server("ours", model, directory, *flags, ours=True, gpus="1",
-                    environment={"VLLM_SERVER_DEV_MODE": "1"}) as side:  # fmt: skip
-            result = measure(side, model, arguments)
-    arguments.out.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+        models = {shape: save_shape(directory / shape, shape) for shape in arguments.shapes}
+        sides = {}
+        for shape, model in models.items():  # all of them start now, and are measured one after the other
+            kwargs = {"load_format": "dummy", "weight_transfer_config": {"backend": "nccl"},
+                      "kv_cache_memory_bytes": CACHES[shape]}  # fmt: skip
+            flags = ["--engine_kwargs", json.dumps(kwargs), "--max_num_seqs", str(RUNNING), "--max_model_len", "4096",
+                     "--engines_per_device", "1"]  # fmt: skip
+            sides[shape] = stack.enter_context(
+                server(f"ours {shape}", model, directory, *flags, ours=True, gpus="1",
+                       environment={"VLLM_SERVER_DEV_MODE": "1"})
+            )  # fmt: skip
+        for side in sides.values():
+            side.wait()
+        for shape, side in sides.items():
+            results[shape] = measure(side, models[shape], shape, arguments)
+            arguments.out.write_text(json.dumps(results, indent=1))
+    print(json.dumps(results))
 
 
-def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything, against a server that is being started."""
+def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one server."""
     torch.manual_seed(0)
     shapes = tensor_shapes(AutoConfig.from_pretrained(model))
     tensors = {
@@ -196,20 +190,19 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
         for name, shape in shapes.items()
     }  # fmt: skip
     link = link_speed()
-    side.wait()
     info = msgspec.json.decode(call(side.url, routes.INFO), type=ServerInfo)
     publisher = Publisher(tensors, "bfloat16", uuid.uuid4().hex[:12], info.model_fingerprint, None)
     training = Training(publisher)
     training.start()
-    with Load(side.url, str(side.model), RUNNING, STREAMS, 3000) as load:
-        time.sleep(12)
+    with Load(side.url, str(side.model), RUNNING, STREAMS, 3000, others=(200, 1000)) as load:
+        time.sleep(10)
         figures = update(side, tensors, training, arguments)
         time.sleep(3)  # of tokens after the last update
     raw = {"arrivals": load.arrivals, "ours": figures.ours, "native": figures.native}
-    arguments.out.with_suffix(".raw.json").write_text(json.dumps(raw))
+    arguments.out.with_name(f"raw_{shape}.json").write_text(json.dumps(raw))
     ours_ms, ours_late, usual = stalls(load.arrivals, figures.ours)
     result = {
-        "device": torch.cuda.get_device_name(), "shape": arguments.shape, "bytes": publisher.nbytes, "running": RUNNING,
+        "device": torch.cuda.get_device_name(), "shape": shape, "bytes": publisher.nbytes, "running": RUNNING,
         "vllm": info.engine_version, "torch": torch.__version__, "commit": commit(),
         "token_gap_ms": round(usual, 2),
         "generation_stall_ms": middle(ours_ms), "generation_stalls_ms": [round(value, 2) for value in ours_ms],
@@ -230,13 +223,15 @@ def measure(side: Side, model: Path, arguments: argparse.Namespace) -> dict[str,
             "native_late_ms": middle(native_late),
             "native_trainer_ms": middle([1000 * (end - begin) for begin, end in figures.native]),
         }
+    print(shape, json.dumps(result), flush=True)
     print(
         "log of the server:",
         *[line for line in side.log.read_text(errors="replace").splitlines() if " staged: " in line],
         sep="\n",
     )
     if publisher.nbytes < 5e9:
-        result |= gap(side, model, tensors)
+        result |= gap_to_trainer(side, model, tensors)
+    training.end()
     publisher.close()
     return result
 
