@@ -36,11 +36,14 @@ def main(out: Path, profile: bool, after: int | None) -> None:
         def stock(name: str, gpus: str) -> Side:
             return stack.enter_context(
                 server(name, model, directory, "--load-format", "dummy", "--kv-cache-memory-bytes", str(CACHE),
+                       "--gpu-memory-utilization", "0.05",
                        "--max-num-seqs", str(RUNNING), "--max-model-len", "1024", ours=False, gpus=gpus)
             )  # fmt: skip
 
         def ours(name: str, gpus: str, cache: int, *flags: str) -> Side:
-            kwargs = json.dumps({"load_format": "dummy", "kv_cache_memory_bytes": cache})
+            kwargs = json.dumps(
+                {"load_format": "dummy", "kv_cache_memory_bytes": cache, "gpu_memory_utilization": 0.05}
+            )
             return stack.enter_context(
                 server(name, model, directory, "--engine_kwargs", kwargs, "--max_num_seqs", str(RUNNING),
                        "--max_model_len", "1024", *flags, ours=True, gpus=gpus)

@@ -165,7 +165,7 @@ def main() -> None:
         sides = {}
         for shape, model in models.items():  # all of them start now, and are measured one after the other
             kwargs = {"load_format": "dummy", "weight_transfer_config": {"backend": "nccl"},
-                      "kv_cache_memory_bytes": CACHES[shape]}  # fmt: skip
+                      "kv_cache_memory_bytes": CACHES[shape], "gpu_memory_utilization": 0.05}  # fmt: skip
             flags = ["--engine_kwargs", json.dumps(kwargs), "--max_num_seqs", str(RUNNING), "--max_model_len", "4096",
                      "--engines_per_device", "1"]  # fmt: skip
             sides[shape] = stack.enter_context(

@@ -40,7 +40,8 @@ def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_reduce_scatter_unused_params(True)  # one rank's tokens may leave some unused, another's not
+            if hasattr(module, "set_reduce_scatter_unused_params"):  # from PyTorch 2.12 on
+                module.set_reduce_scatter_unused_params(True)  # one rank's tokens may leave some unused, another's not
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -113,6 +113,8 @@ def vllm_command(
     }
     if gpus and servers > 1:
         options["kv_cache_memory_bytes"] = _cache_bytes(config, gpus, servers)
+        # Beside a given cache no more than a check, at the start, that so much is free: what others have is not.
+        options["gpu_memory_utilization"] = round(config.gpu_memory_utilization / servers, 4)
     elif gpus:
         options["gpu_memory_utilization"] = round(memory_share(config, gpus), 4)
     else:
