@@ -18,15 +18,15 @@ import torch
 from outrider.cli.specs import make_specs
 from outrider.cli.train import prepare_output_dir
 from outrider.cli.train_config import parse_train, resolve
-from outrider.collector.groups import samples_of
+from outrider.collector.groups import mini_batches
 from outrider.collector.ledger import Ledger
-from outrider.contract.feed import Batch, BatchStats, EvalResult, FromTrainer, Ready
+from outrider.contract.feed import Batch, BatchStats, EvalResult, FromTrainer, MiniBatch, Ready
 from outrider.contract.manifest import Manifest
 from outrider.trainer.clock import StepClock
 from outrider.trainer.link import CollectorLink
 from outrider.trainer.run import Trainer, prepare
 from outrider.trainer.spec import TrainerSpec
-from outrider.trainer.step import StepOutcome
+from outrider.trainer.step import StepOutcome, StepWork
 
 
 class NoGradients:
@@ -34,7 +34,10 @@ class NoGradients:
 
     param_groups: tuple[dict[str, float], ...] = ()
 
-    def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
+    def prepare(self, mini_batches: list[MiniBatch], clock: StepClock) -> list[StepWork]:
+        return [StepWork(mini_batch, []) for mini_batch in mini_batches]
+
+    def gradients(self, work: StepWork, clock: StepClock) -> StepOutcome:
         return StepOutcome()
 
     def step(self) -> None:
@@ -96,8 +99,8 @@ class Keeper(Trainer):
         self.every, self.file = every, file
         self.kept: list[dict[str, object]] = []
 
-    def _one_step(self) -> None:
-        super()._one_step()
+    def _one_batch(self) -> None:
+        super()._one_batch()
         if self.step % self.every == 0:
             seconds = time.monotonic() - (self.started or 0.0)
             weights = {name: value.clone() for name, value in self.policy.published_tensors().items()}
@@ -108,8 +111,8 @@ class Keeper(Trainer):
         torch.save(self.kept, self.file)
 
 
-def read_batches(path: Path) -> list[Batch]:
-    """The batches of a finished run, in order."""
+def read_batches(path: Path, spec: TrainerSpec) -> list[Batch]:
+    """The batches of a finished run, in order, with the mini-batches that ``spec`` asks for."""
     ledger = Ledger(path, {}, resume=True)
     try:
         replays = ledger.backlog(0).replays
@@ -118,13 +121,11 @@ def read_batches(path: Path) -> list[Batch]:
     nothing = dict.fromkeys(BatchStats.__struct_fields__, 0) | {"rewards": {}}
     return [
         Batch(
-            step=step,
-            samples=samples_of([group for group in groups if group.has_signal]),
-            sequences=sum(len(group.rollouts) for group in groups),
-            tokens=sum(group.tokens for group in groups),
+            number=number,
+            mini_batches=mini_batches(groups, spec.mini_batches, f"{spec.run.seed}/batch {number}", True),
             stats=msgspec.convert(nothing, BatchStats),
         )
-        for step, groups in sorted(replays.items())
+        for number, groups in sorted(replays.items())
     ]
 
 
@@ -140,7 +141,7 @@ def main() -> int:
     if kind == "consume":
         trainer: Trainer = Consumer(spec, output_dir)
     elif kind == "replay":
-        trainer = Replayer(spec, output_dir, read_batches(Path(words[0])))
+        trainer = Replayer(spec, output_dir, read_batches(Path(words[0]), spec))
     else:
         trainer = Keeper(spec, output_dir, int(words[0]), Path(words[1]))
     return trainer.run(msgspec.msgpack.encode(collector))
