@@ -40,12 +40,12 @@ class BatchConfig(Section):
     steps_per_generation: Annotated[
         PositiveInt | None,
         option(
-            "Micro-batches for which one batch of rollouts is generated, a multiple of --gradient_accumulation_steps: "
-            "so many optimizer steps are taken on parts of it (default: --gradient_accumulation_steps, one step)"
+            "Micro-batches for which one batch of rollouts is generated; k times --gradient_accumulation_steps make k "
+            "optimizer steps, each on a part of the batch (default: --gradient_accumulation_steps)"
         ),
     ] = None
     num_iterations: Annotated[
-        int, option("Times that a batch is trained on, each time in as many optimizer steps", ge=1)
+        int, option("Times that a batch is trained on, each time with the same optimizer steps", ge=1)
     ] = 1
     max_tokens_per_micro_batch: Annotated[
         PositiveInt | None, option("Token budget of a micro-batch, instead of a number of rollouts")
