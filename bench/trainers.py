@@ -10,7 +10,9 @@ FLAGS are those of ``outrider train``. All three run the trainer's own loop, so 
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -24,6 +26,7 @@ from outrider.contract.feed import Batch, BatchStats, EvalResult, FromTrainer, M
 from outrider.contract.manifest import Manifest
 from outrider.trainer.clock import StepClock
 from outrider.trainer.link import CollectorLink
+from outrider.trainer.ranks import Ranks
 from outrider.trainer.run import Trainer, prepare
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.step import StepOutcome, StepWork
@@ -52,7 +55,8 @@ class Consumer(Trainer):
 
     def load(self) -> None:
         super().load()
-        self.computer = self.optimizer = NoGradients()  # type: ignore[assignment]
+        nothing: Any = NoGradients()
+        self.parts = replace(self.parts, computer=nothing, optimizer=nothing)
 
 
 class ReplayLink(CollectorLink):
@@ -83,7 +87,7 @@ class Replayer(Trainer):
     """Trains batches of a ledger."""
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, batches: list[Batch]) -> None:
-        super().__init__(spec, output_dir)
+        super().__init__(spec, output_dir, Ranks())
         link = ReplayLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         link.batches = batches
         self.link.close()
@@ -95,7 +99,7 @@ class Keeper(Trainer):
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, every: int, file: Path) -> None:
         """every: steps between two copies."""
-        super().__init__(spec, output_dir)
+        super().__init__(spec, output_dir, Ranks())
         self.every, self.file = every, file
         self.kept: list[dict[str, object]] = []
 
@@ -103,7 +107,7 @@ class Keeper(Trainer):
         super()._one_batch()
         if self.step % self.every == 0:
             seconds = time.monotonic() - (self.started or 0.0)
-            weights = {name: value.clone() for name, value in self.policy.published_tensors().items()}
+            weights = {name: value.clone() for name, value in self.parts.policy.published_tensors().items()}
             self.kept.append({"step": self.step, "seconds": seconds, "weights": weights})
 
     def close(self) -> None:
@@ -118,7 +122,7 @@ def read_batches(path: Path, spec: TrainerSpec) -> list[Batch]:
         replays = ledger.backlog(0).replays
     finally:
         ledger.close()
-    nothing = dict.fromkeys(BatchStats.__struct_fields__, 0) | {"rewards": {}}
+    nothing: dict[str, Any] = dict.fromkeys(BatchStats.__struct_fields__, 0) | {"rewards": {}}
     return [
         Batch(
             number=number,
@@ -139,7 +143,7 @@ def main() -> int:
     prepare_output_dir(output_dir)
     prepare(spec)
     if kind == "consume":
-        trainer: Trainer = Consumer(spec, output_dir)
+        trainer: Trainer = Consumer(spec, output_dir, Ranks())
     elif kind == "replay":
         trainer = Replayer(spec, output_dir, read_batches(Path(words[0]), spec))
     else:
