@@ -136,7 +136,7 @@ def make_spec(directory: Path, level: Level, urls: Sequence[str]) -> CollectorSp
         rewards=RewardConfig(reward_funcs=(f"{directory}/bench_reward.py:bench_reward",)),
         reward_weights=(1.0,), reward_settings=RewardSettings(), staleness=StalenessConfig(),
         max_staleness=groups // GROUPS_PER_BATCH + 4, evaluation=EvaluationConfig(), groups_per_batch=GROUPS_PER_BATCH,
-        seed=0, ledger=str(directory / "ledger.sqlite"), drop_zero_variance=True,
+        mini_batches=1, seed=0, ledger=str(directory / "ledger.sqlite"), drop_zero_variance=True,
     )  # fmt: skip
 
 
@@ -200,21 +200,22 @@ def follow(link: CollectorLink, watcher: Watcher, level: Level, seconds: float) 
     assert link._process is not None
     collector = link._process.pid
     publish(0)
-    link.send(Begin(start_step=0, max_steps=10**6))
+    link.send(Begin(first=0, end=10**6))
     warm = 2 + level.in_flight // (GROUPS_PER_BATCH * level.generations)
     rollouts, began, before = 0, 0.0, (0.0, 0.0)
     while True:
         batch = link.batch()
         now = time.perf_counter()
-        publish(batch.step + 1)
-        if batch.step < warm:
+        publish(batch.number + 1)
+        if batch.number < warm:
             continue
-        if batch.step == warm:
+        if batch.number == warm:
             began, before = now, cpu_seconds(collector)
             watcher.statuses.clear()
             continue
-        rollouts += batch.sequences
-        assert all(len(sample.completion) == 4 * TOKENS for sample in batch.samples)
+        rollouts += sum(part.sequences for part in batch.mini_batches)
+        samples = [sample for part in batch.mini_batches for sample in part.samples]
+        assert all(len(sample.completion) == 4 * TOKENS for sample in samples)
         if now - began >= seconds and watcher.statuses:
             after, elapsed = cpu_seconds(collector), now - began
             own, workers = after[0] - before[0], after[1] - before[1]

@@ -10,7 +10,9 @@ FLAGS are those of ``outrider train``. All three run the trainer's own loop, so 
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -18,15 +20,16 @@ import torch
 from outrider.cli.specs import make_specs
 from outrider.cli.train import prepare_output_dir
 from outrider.cli.train_config import parse_train, resolve
-from outrider.collector.groups import samples_of
+from outrider.collector.groups import mini_batches
 from outrider.collector.ledger import Ledger
-from outrider.contract.feed import Batch, BatchStats, EvalResult, FromTrainer, Ready
+from outrider.contract.feed import Batch, BatchStats, EvalResult, FromTrainer, MiniBatch, Ready
 from outrider.contract.manifest import Manifest
 from outrider.trainer.clock import StepClock
 from outrider.trainer.link import CollectorLink
+from outrider.trainer.ranks import Ranks
 from outrider.trainer.run import Trainer, prepare
 from outrider.trainer.spec import TrainerSpec
-from outrider.trainer.step import StepOutcome
+from outrider.trainer.step import StepOutcome, StepWork
 
 
 class NoGradients:
@@ -34,7 +37,10 @@ class NoGradients:
 
     param_groups: tuple[dict[str, float], ...] = ()
 
-    def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
+    def prepare(self, mini_batches: list[MiniBatch], clock: StepClock) -> list[StepWork]:
+        return [StepWork(mini_batch, []) for mini_batch in mini_batches]
+
+    def gradients(self, work: StepWork, clock: StepClock) -> StepOutcome:
         return StepOutcome()
 
     def step(self) -> None:
@@ -49,7 +55,8 @@ class Consumer(Trainer):
 
     def load(self) -> None:
         super().load()
-        self.computer = self.optimizer = NoGradients()  # type: ignore[assignment]
+        nothing: Any = NoGradients()
+        self.parts = replace(self.parts, computer=nothing, optimizer=nothing)
 
 
 class ReplayLink(CollectorLink):
@@ -80,7 +87,7 @@ class Replayer(Trainer):
     """Trains batches of a ledger."""
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, batches: list[Batch]) -> None:
-        super().__init__(spec, output_dir)
+        super().__init__(spec, output_dir, Ranks())
         link = ReplayLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         link.batches = batches
         self.link.close()
@@ -92,15 +99,15 @@ class Keeper(Trainer):
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, every: int, file: Path) -> None:
         """every: steps between two copies."""
-        super().__init__(spec, output_dir)
+        super().__init__(spec, output_dir, Ranks())
         self.every, self.file = every, file
         self.kept: list[dict[str, object]] = []
 
-    def _one_step(self) -> None:
-        super()._one_step()
+    def _one_batch(self) -> None:
+        super()._one_batch()
         if self.step % self.every == 0:
             seconds = time.monotonic() - (self.started or 0.0)
-            weights = {name: value.clone() for name, value in self.policy.published_tensors().items()}
+            weights = {name: value.clone() for name, value in self.parts.policy.published_tensors().items()}
             self.kept.append({"step": self.step, "seconds": seconds, "weights": weights})
 
     def close(self) -> None:
@@ -108,23 +115,21 @@ class Keeper(Trainer):
         torch.save(self.kept, self.file)
 
 
-def read_batches(path: Path) -> list[Batch]:
-    """The batches of a finished run, in order."""
+def read_batches(path: Path, spec: TrainerSpec) -> list[Batch]:
+    """The batches of a finished run, in order, with the mini-batches that ``spec`` asks for."""
     ledger = Ledger(path, {}, resume=True)
     try:
         replays = ledger.backlog(0).replays
     finally:
         ledger.close()
-    nothing = dict.fromkeys(BatchStats.__struct_fields__, 0) | {"rewards": {}}
+    nothing: dict[str, Any] = dict.fromkeys(BatchStats.__struct_fields__, 0) | {"rewards": {}}
     return [
         Batch(
-            step=step,
-            samples=samples_of([group for group in groups if group.has_signal]),
-            sequences=sum(len(group.rollouts) for group in groups),
-            tokens=sum(group.tokens for group in groups),
+            number=number,
+            mini_batches=mini_batches(groups, spec.mini_batches, f"{spec.run.seed}/batch {number}", True),
             stats=msgspec.convert(nothing, BatchStats),
         )
-        for step, groups in sorted(replays.items())
+        for number, groups in sorted(replays.items())
     ]
 
 
@@ -138,9 +143,9 @@ def main() -> int:
     prepare_output_dir(output_dir)
     prepare(spec)
     if kind == "consume":
-        trainer: Trainer = Consumer(spec, output_dir)
+        trainer: Trainer = Consumer(spec, output_dir, Ranks())
     elif kind == "replay":
-        trainer = Replayer(spec, output_dir, read_batches(Path(words[0])))
+        trainer = Replayer(spec, output_dir, read_batches(Path(words[0]), spec))
     else:
         trainer = Keeper(spec, output_dir, int(words[0]), Path(words[1]))
     return trainer.run(msgspec.msgpack.encode(collector))

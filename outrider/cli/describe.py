@@ -1,5 +1,6 @@
-"""What ``--dry_run`` prints: the sections of a configuration, and the arithmetic of a step in words."""
+"""What ``--dry_run`` prints: the sections of a configuration, and the arithmetic of a batch in words."""
 
+import math
 from collections.abc import Set
 
 from outrider.cli.train_config import Resolved, TrainConfig
@@ -30,10 +31,10 @@ def _consequences(config: TrainConfig, resolved: Resolved) -> str:
     clip = f"{1 - resolved.epsilon_low:g} to {1 + resolved.epsilon_high:g}"
     lines = [
         "what follows",
-        f"    {_batch(config, resolved)}; 1 optimizer step a batch; {_micro_batches(config, resolved)}",
+        f"    {_batch(config, resolved)}; {_steps(config, resolved)}; {_micro_batches(config, resolved)}",
         f"    {_staleness(resolved.max_staleness, resolved.groups_per_batch)}",
         f"    correction: {resolved.correction_mode}; clip range: {clip}",
-        f"    length: {_length(config)}",
+        f"    length: {_length(config, resolved)}",
         f"    rewards: {_rewards(config, resolved)}",
         f"    servers: {' '.join(resolved.server_urls)}",
         *(f"    warning: {warning}" for warning in resolved.warnings),
@@ -46,15 +47,24 @@ def _batch(config: TrainConfig, resolved: Resolved) -> str:
     return f"{prompts} x {config.sampling.num_generations} rollouts = {resolved.rollouts_per_batch} rollouts a batch"
 
 
+def _steps(config: TrainConfig, resolved: Resolved) -> str:
+    steps = f"{_counted(resolved.steps_per_batch, 'optimizer step')} a batch"
+    if resolved.steps_per_batch == 1:
+        return steps
+    rollouts = resolved.rollouts_per_batch // resolved.mini_batches
+    parts = f"{_counted(resolved.mini_batches, 'mini-batch', 'mini-batches')} of {rollouts} rollouts"
+    times = config.batch.num_iterations
+    return f"{parts}{'' if times == 1 else f' x {times} iterations'} = {steps}, after which weights are published"
+
+
 def _micro_batches(config: TrainConfig, resolved: Resolved) -> str:
     devices = "" if resolved.world_size == 1 else f" on each of {resolved.world_size} devices"
     budget = config.batch.max_tokens_per_micro_batch
     if budget is not None:
         return f"micro-batches of up to {budget} tokens{devices}"
     size = config.batch.per_device_train_batch_size
-    whole = resolved.micro_batches * size * resolved.world_size == resolved.rollouts_per_batch
     count = _counted(resolved.micro_batches, "micro-batch", "micro-batches")
-    return f"{count} of {'' if whole else 'up to '}{size}{devices}"
+    return f"{count} of {size}{devices}{'' if resolved.steps_per_batch == 1 else ' a step'}"
 
 
 def _staleness(bound: int, groups: int) -> str:
@@ -63,9 +73,14 @@ def _staleness(bound: int, groups: int) -> str:
     return f"K = {bound}: at most {bound + 1} x {_counted(groups, 'group')} ahead of the trainer"
 
 
-def _length(config: TrainConfig) -> str:
-    if config.batch.max_steps > 0:
-        return _counted(config.batch.max_steps, "optimizer step")
+def _length(config: TrainConfig, resolved: Resolved) -> str:
+    steps, each = config.batch.max_steps, resolved.steps_per_batch
+    if steps > 0:
+        told = _counted(steps, "optimizer step")
+        if each == 1:
+            return told
+        rest = f", the last one for {steps % each} of its {each}" if steps % each else ""
+        return f"{told} on {_counted(math.ceil(steps / each), 'batch', 'batches')}{rest}"
     return _counted(config.batch.num_train_epochs, "epoch")
 
 

@@ -25,17 +25,26 @@ def main(argv: list[str]) -> int:
             "Give the --output_dir of a run"
         )
     console = Console(highlight=False)
-    if metrics.is_file():
-        console.print(Text(describe_run(read_metrics(metrics))))
-    step = choose_step(run, trained_steps(ledger), arguments.step)
-    console.print(Text(f"\nStep {step}", style="bold"))
-    rollouts = read_rollouts(ledger, step)
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    if rows:
+        console.print(Text(describe_run(rows)))
+    batches = batches_of(rows, trained_steps(ledger))
+    step = choose_step(run, list(batches), arguments.step)
+    batch = batches[step]
+    console.print(Text(f"\nStep {step}" if batch == step else f"\nStep {step}, on batch {batch}", style="bold"))
+    rollouts = read_rollouts(ledger, batch)
     console.print(
         render_rollouts(
             rollouts, best=arguments.best, worst=arguments.worst, random=arguments.random, seed=arguments.seed
         )
     )
     return 0
+
+
+def batches_of(rows: list[MetricsRow], known: list[int]) -> dict[int, int]:
+    """Steps that were taken, and for each the batch, counted from 1, that it was taken on. known: to the ledger."""
+    batches = {row.step: row.version + 1 for row in steps_of(rows)}
+    return {step: batch for step, batch in batches.items() if batch in known}
 
 
 def choose_step(run: Path, trained: list[int], wanted: int | None) -> int:

@@ -22,6 +22,7 @@ def make_specs(config: TrainConfig, resolved: Resolved) -> tuple[TrainerSpec, Co
         run=config.run,
         logging=config.logging,
         groups_per_batch=resolved.groups_per_batch,
+        mini_batches=resolved.mini_batches,
         num_generations=config.sampling.num_generations,
         max_staleness=resolved.max_staleness,
         correction_mode=resolved.correction_mode,
@@ -49,6 +50,7 @@ def make_specs(config: TrainConfig, resolved: Resolved) -> tuple[TrainerSpec, Co
         max_staleness=resolved.max_staleness,
         evaluation=config.evaluation,
         groups_per_batch=resolved.groups_per_batch,
+        mini_batches=resolved.mini_batches,
         seed=config.run.seed,
         ledger=str(Path(config.run.output_dir) / "ledger.sqlite"),
         # With a KL term a group without advantages still has a gradient.

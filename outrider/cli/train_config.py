@@ -43,8 +43,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     """What follows from a :class:`TrainConfig` and the number of trainer processes.
 
-    max_staleness: K. rollouts_per_batch = groups_per_batch x num_generations, trained in one optimizer step;
-    micro_batches: of one device, unless a token budget forms them. reward_weights: one for each function.
+    max_staleness: K. rollouts_per_batch = groups_per_batch x num_generations, of which mini_batches are made, with
+    steps_per_batch = mini_batches x num_iterations optimizer steps; micro_batches: of one device in an optimizer step,
+    unless a token budget forms them. reward_weights: one for each function.
     reward_settings: with soft_max_length set; soft_cache_length is None unless it was given.
     """
 
@@ -54,6 +55,8 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     server_urls: list[str]
     rollouts_per_batch: int
     groups_per_batch: int
+    mini_batches: int
+    steps_per_batch: int
     micro_batches: int
     epsilon_low: float
     epsilon_high: float
@@ -121,7 +124,7 @@ def resolve(config: TrainConfig, world_size: int = 1) -> Resolved:
         raise UserError("--max_steps 0: give the number of optimizer steps, or -1 for as long as --num_train_epochs")
     max_staleness = _max_staleness(config.staleness)
     correction = _correction_mode(config, max_staleness)
-    plan = plan_batch(config.batch, config.sampling.num_generations, world_size, config.given)
+    plan = plan_batch(config.batch, config.sampling.num_generations, world_size)
     epsilon = config.loss.epsilon
     return Resolved(
         world_size=world_size,
@@ -130,6 +133,8 @@ def resolve(config: TrainConfig, world_size: int = 1) -> Resolved:
         server_urls=server_urls(config.servers, config.given),
         rollouts_per_batch=plan.rollouts_per_batch,
         groups_per_batch=plan.groups_per_batch,
+        mini_batches=plan.mini_batches,
+        steps_per_batch=plan.mini_batches * config.batch.num_iterations,
         micro_batches=plan.micro_batches,
         epsilon_low=epsilon,
         epsilon_high=epsilon if config.loss.epsilon_high is None else config.loss.epsilon_high,

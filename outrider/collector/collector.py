@@ -13,7 +13,7 @@ from outrider.algorithm.advantages import combine_rewards
 from outrider.collector.admission import Gate, choose_batch
 from outrider.collector.config import CollectorSpec
 from outrider.collector.evaluation import with_prompt
-from outrider.collector.groups import Group, samples_of, set_advantages
+from outrider.collector.groups import Group, mini_batches, set_advantages
 from outrider.collector.ledger import Backlog, Ledger
 from outrider.collector.pool import Pool, RolloutFailed
 from outrider.collector.prompts import Order, OverlongPrompt, Prompt, PromptSet
@@ -62,12 +62,11 @@ class Collector:
         self._empty_batches = self._failures_in_a_row = self._rejected_in_a_row = self._resampled = 0
         self._tokens = 0
 
-    async def run(self, start_step: int, max_steps: int) -> None:
-        """Collect for the steps ``start_step`` to ``max_steps`` - 1, until cancelled. Raises UserError when it
-        cannot go on."""
-        self.gate.next_step, self.gate.max_steps = start_step, max_steps
+    async def run(self, first: int, end: int) -> None:
+        """Collect the batches ``first`` to ``end`` - 1, until cancelled. Raises UserError when it cannot go on."""
+        self.gate.next_step, self.gate.max_steps = first, end
         self.tally.restart(time.monotonic())
-        await self._take_up(self.ledger.backlog(start_step))
+        await self._take_up(self.ledger.backlog(first))
         # Side by side: while a batch waits for the ledger, rollouts are started.
         loops = [asyncio.create_task(self._keep_starting()), asyncio.create_task(self._keep_shipping())]
         try:
@@ -217,24 +216,13 @@ class Collector:
 
     def _ship(self, groups: list[Group], began: float) -> None:
         """Hand a batch to the trainer. began: when work on it did, of ``time.monotonic``."""
-        step = self.gate.next_step
-        silent = [group for group in groups if not group.has_signal]
-        self.tally.zero_variance += len(silent)
-        shipped = groups
-        if self.spec.drop_zero_variance:
-            shipped = [group for group in groups if group.has_signal]
-        samples = samples_of(shipped)
-        self.send(
-            Batch(
-                step=step,
-                samples=samples,
-                sequences=sum(len(group.rollouts) for group in groups),
-                tokens=sum(group.tokens for group in groups),
-                stats=self.tally.batch(
-                    step, groups, time.monotonic() - began, epoch=self._next_group / len(self.prompts)
-                ),
-            )
+        number = self.gate.next_step
+        self.tally.zero_variance += sum(not group.has_signal for group in groups)
+        parts = mini_batches(
+            groups, self.spec.mini_batches, f"{self.spec.seed}/batch {number}", self.spec.drop_zero_variance
         )
+        seconds, epoch = time.monotonic() - began, self._next_group / len(self.prompts)
+        self.send(Batch(number=number, mini_batches=parts, stats=self.tally.batch(number, groups, seconds, epoch)))
         self._empty_batches = self._resampled = 0
         self.gate.ship()
 

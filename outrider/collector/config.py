@@ -130,8 +130,8 @@ class StalenessConfig(Section):
 
     max_staleness: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        option("K: hard bound on the versions between sampling and training a token; 0 is on-policy (default: 0, "
-               "or 1 with --async_generate)"),
+        option("K: hard bound on the versions between sampling and training a token, where a version is a trained "
+               "batch; 0 is on-policy (default: 0, or 1 with --async_generate)"),
     ] = None  # fmt: skip
     async_generate: Annotated[bool | None, option("ms-swift's name for --max_staleness 1")] = None
     inflight: Annotated[
@@ -151,7 +151,9 @@ class StalenessConfig(Section):
 class EvaluationConfig(Section):
     """Held-out evaluation, interleaved on the same servers."""
 
-    eval_steps: Annotated[int, option("Evaluate every so many steps; 0: only before and after", ge=0)] = 0
+    eval_steps: Annotated[
+        int, option("Evaluate every so many steps, at the end of a batch; 0: only before and after", ge=0)
+    ] = 0
     eval_on_start: Annotated[bool, option("Evaluate before the first step")] = True
     num_generations_eval: Annotated[int, option("Completions for each held-out prompt", ge=1)] = 1
     eval_temperature: Annotated[float, option("Temperature of evaluation; 0 is greedy", ge=0, le=100)] = 0.0
@@ -160,9 +162,10 @@ class EvaluationConfig(Section):
 class CollectorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that the collector process is told at its start, by the command line through the trainer.
 
-    run_id: names this process of the run to the servers. groups_per_batch: groups of one optimizer step.
-    max_staleness: K. ledger: path of the SQLite file. resume: whether the ledger may hold an earlier part of the run.
-    drop_zero_variance: groups without two different rewards contribute nothing to the gradient (beta is 0).
+    run_id: names this process of the run to the servers. groups_per_batch: groups that are generated together, of
+    which mini_batches parts are made, for an optimizer step each. max_staleness: K. ledger: path of the SQLite file.
+    resume: whether the ledger may hold an earlier part of the run. drop_zero_variance: groups without two different
+    rewards contribute nothing to the gradient (beta is 0).
     """
 
     run_id: str
@@ -180,6 +183,7 @@ class CollectorSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_staleness: int
     evaluation: EvaluationConfig
     groups_per_batch: int
+    mini_batches: int
     seed: int
     ledger: str
     drop_zero_variance: bool

@@ -294,14 +294,14 @@ def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def trained_steps(path: Path) -> list[int]:
-    """Steps (counted from 1) whose rollouts the ledger holds, in order."""
+    """Batches (counted from 1) whose rollouts the ledger holds as trained, in order."""
     with _read_only(path) as db:
         query = "SELECT DISTINCT step FROM groups WHERE step IS NOT NULL ORDER BY step"
         return [step + 1 for (step,) in db.execute(query)]
 
 
 def read_rollouts(path: Path, step: int | None) -> list[RolloutRow]:
-    """Rollouts of one step (counted from 1); None for those that no step has trained."""
+    """Rollouts of one batch (counted from 1); None for those that were trained in none."""
     condition, values = ("g.step = ?", [step - 1]) if step is not None else ("g.step IS NULL", [])
     query = (
         "SELECT g.id, r.place, g.step, g.state, g.reason, g.prompt, r.text, r.tokens, r.reward, r.rewards, "

@@ -226,8 +226,8 @@ class CollectorProcess:
                 incoming.cancel()
                 continue
             match incoming.result():
-                case Begin(start_step=start_step, max_steps=max_steps):
-                    self._spawn(collector.run(start_step, max_steps))
+                case Begin(first=first, end=end):
+                    self._spawn(collector.run(first, end))
                 case Published(manifest=manifest):
                     self.manifest = manifest
                     for keeper in self.keepers:

@@ -68,17 +68,26 @@ class BatchStats(msgspec.Struct, kw_only=True):
     epoch: float
 
 
-class Batch(msgspec.Struct, kw_only=True, tag="batch"):
+class MiniBatch(msgspec.Struct, kw_only=True):
     """The rollouts of one optimizer step.
 
-    samples: groups with signal only. sequences and tokens: of the whole batch, the zero-variance groups counted
+    samples: groups with signal only. sequences and tokens: of the whole mini-batch, the zero-variance groups counted
     in, whose gradient is exactly zero: they cost no compute, yet the normalization is as if they had been trained.
     """
 
-    step: int
     samples: list[Sample]
     sequences: int
     tokens: int
+
+
+class Batch(msgspec.Struct, kw_only=True, tag="batch"):
+    """Rollouts that were generated together, in the mini-batches in which they are trained.
+
+    number: of the batch, counted from 0; it is the version that the batch trains, and its training makes the next.
+    """
+
+    number: int
+    mini_batches: list[MiniBatch]
     stats: BatchStats
 
 
@@ -152,10 +161,10 @@ class Failure(msgspec.Struct, kw_only=True, tag="failure"):
 
 
 class Begin(msgspec.Struct, kw_only=True, tag="begin"):
-    """Start to collect for the steps from ``start_step`` up to, not including, ``max_steps``."""
+    """Start to collect the batches from number ``first`` up to, not including, ``end``."""
 
-    start_step: int
-    max_steps: int
+    first: int
+    end: int
 
 
 class Published(msgspec.Struct, kw_only=True, tag="published"):

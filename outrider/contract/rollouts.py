@@ -6,7 +6,7 @@ from outrider.contract.generation import VersionSpan
 
 
 class RolloutRow(msgspec.Struct, kw_only=True):
-    """One rollout of the ledger. step: the optimizer step that trained it (counted from 1), None if none has.
+    """One rollout of the ledger. step: the batch with which it was trained (counted from 1), None if with none.
 
     state: ``finished`` | ``trained`` | ``dropped``; reason: why it was dropped. tokens: completion length.
     """

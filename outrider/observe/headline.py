@@ -4,7 +4,7 @@ import math
 
 from outrider.observe.figures import compact, decimal, mean, number, percent, spelled
 from outrider.observe.metrics import evaluations_of, steps_of
-from outrider.observe.parts import SERVERS, TRAINER, shares
+from outrider.observe.parts import SERVERS, TRAINER, one_a_batch, shares
 from outrider.observe.records import MetricsRow
 
 
@@ -28,6 +28,6 @@ def headline(rows: list[MetricsRow]) -> dict[str, str]:
     figures["Tokens per second"] = compact(tokens / seconds if seconds > 0 else math.nan)
     figures["Oldest token"] = f"{max(step.staleness_max for step in steps)} versions"
     figures["Trainer idle"] = percent(shares(steps, TRAINER)["wait"])
-    figures["Servers idle"] = percent(1 - shares(steps, SERVERS)["generate"])
+    figures["Servers idle"] = percent(1 - shares(one_a_batch(steps), SERVERS)["generate"])
     figures["Log-probability gap"] = number(mean(step.logprob_gap for step in steps))
     return figures

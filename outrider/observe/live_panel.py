@@ -5,7 +5,7 @@ import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from rich.box import ROUNDED
@@ -18,7 +18,7 @@ from rich.text import Text
 from outrider.contract.feed import PoolStatus
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent, trend
-from outrider.observe.parts import SERVERS, TRAINER, Parts, shares
+from outrider.observe.parts import SERVERS, TRAINER, Parts, one_a_batch, shares
 from outrider.observe.printable import printable
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.sparkline import bar, sparkline, stacked
@@ -237,10 +237,13 @@ class LivePanel:
 
     def _time_lines(self, width: int) -> list[RenderableType]:
         """Where the time of the latest steps went: the trainer's, and that of the servers over the same batches."""
-        return [self._time_line("trainer", TRAINER, width), self._time_line("servers", SERVERS, width)]
+        return [
+            self._time_line("trainer", self._recent, TRAINER, width),
+            self._time_line("servers", one_a_batch(self._recent), SERVERS, width),
+        ]
 
-    def _time_line(self, side: str, parts: Parts, width: int) -> RenderableType:
-        found = shares(self._recent, parts)
+    def _time_line(self, side: str, records: Iterable[StepRecord], parts: Parts, width: int) -> RenderableType:
+        found = shares(records, parts)
         line = Text(f"{side:<9}", style="dim", no_wrap=True, overflow="ellipsis")
         length = max(min(width // 3, 50), 8)
         for name, cells in zip(found, stacked(list(found.values()), length), strict=True):

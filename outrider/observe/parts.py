@@ -25,8 +25,8 @@ TRAINER: Parts = {
     "other": lambda record: record.other_seconds,
 }
 
-#: The servers, as a mean; together ``batch_seconds``. idle: nothing to do, because the staleness bound or the data
-#: admits nothing.
+#: The servers, as a mean; together ``batch_seconds``, and for one row of each batch. idle: nothing to do, because the
+#: staleness bound or the data admits nothing.
 SERVERS: Parts = {
     "generate": lambda record: record.generation_busy_seconds,
     "idle": lambda record: record.generation_idle_seconds - _waiting_for_rewards(record),
@@ -34,13 +34,19 @@ SERVERS: Parts = {
     "down": lambda record: record.generation_down_seconds,
 }
 
-#: What goes on beside generation and is no part of that sum.
+#: What goes on beside generation and is no part of that sum; for one row of each batch.
 BESIDE: Parts = {
     "rewards": lambda record: record.reward_seconds,
     "stage": lambda record: record.stage_seconds,
     "commit": lambda record: record.commit_seconds,
     "pack": lambda record: record.pack_seconds,
 }
+
+
+def one_a_batch(records: Iterable[StepRecord]) -> list[StepRecord]:
+    """The last row of each batch. What is said of a batch stands in the rows of all steps on it, and is to be added up
+    once."""
+    return list({record.version: record for record in records}.values())
 
 
 def totals(records: Iterable[StepRecord], parts: Parts) -> dict[str, float]:

@@ -4,20 +4,23 @@ from outrider.contract.feed import BatchStats, EvalFigures
 
 
 class StepRecord(BatchStats, kw_only=True, tag_field="kind", tag="step"):
-    """One optimizer step, and what the collector says of its batch.
+    """One optimizer step, and what the collector says of its batch: the same in the rows of all steps on one batch.
 
     Times in seconds; shares between 0 and 1; ``time`` since the first step began.
 
-    step counts from 1: the step that made version ``step``. seconds: wall clock from the previous step's end to this
-    one's; it is the sum of wait (for a batch), collate (rollouts to tensors), train (forward, backward, optimizer),
-    publish_wait (for weights to be copied out), save (what of a checkpoint is not written beside training) and other.
+    step counts from 1; version: that the batch trains, which is how many batches were trained before it. seconds:
+    wall clock from the previous step's end to this one's; it is the sum of wait (for a batch), collate (rollouts to
+    tensors), train (forward, backward, optimizer), publish_wait (for weights to be copied out), save (what of a
+    checkpoint is not written beside training) and other.
     What the servers do meanwhile is in ``batch_seconds`` and its parts; it is counted from batch to batch, so with
     K > 0 it belongs to the batch and not to the very moments of this step.
-    logprob_gap: mean |trainer - sampler| log-probability of the trained tokens, before the update; at K = 0 it is
-    numerical noise, at K > 0 it also holds what the policy has moved since.
+    logprob_gap: mean |trainer - sampler| log-probability of the trained tokens, before the first step on the batch; at
+    K = 0 it is numerical noise, at K > 0 it also holds what the policy has moved since.
+    tokens_per_second: that the servers sampled, from batch to batch.
     """
 
     step: int
+    version: int
     max_steps: int
     time: float
     seconds: float

@@ -12,7 +12,7 @@ from outrider.observe.charts import Chart, render_chart
 from outrider.observe.figures import compact, decimal, duration, number, percent, spelled
 from outrider.observe.headline import headline
 from outrider.observe.metrics import evaluations_of, steps_of
-from outrider.observe.parts import BESIDE, SERVERS, TRAINER, Parts, totals
+from outrider.observe.parts import BESIDE, SERVERS, TRAINER, Parts, one_a_batch, totals
 from outrider.observe.records import EvalRecord, MetricsRow, StepRecord
 from outrider.observe.report_style import STYLE
 from outrider.observe.secrets import without_secrets
@@ -145,7 +145,7 @@ def _update_charts(steps: list[StepRecord], logprob_gap_alarm: float | None) -> 
 def _time_section(steps: list[StepRecord]) -> str:
     sides = [
         _whole_run("The trainer, all steps", steps, TRAINER),
-        _whole_run("The servers, all batches", steps, SERVERS, BESIDE),
+        _whole_run("The servers, all batches", one_a_batch(steps), SERVERS, BESIDE),
     ]
     charts = "".join(map(render_chart, _time_charts(steps)))
     return f'<section><h2>Time</h2><div class="charts">{"".join(sides)}{charts}</div></section>'
@@ -156,7 +156,7 @@ def _time_charts(steps: list[StepRecord]) -> list[Chart]:
     rewards = {"computing": "reward_seconds", "waited for": "reward_wait_seconds"}
     return [
         _stacked("The trainer, each step", steps, TRAINER),
-        _stacked("The servers, each batch", steps, SERVERS),
+        _stacked("The servers, each batch", one_a_batch(steps), SERVERS),
         _over_steps(
             "Idle",
             steps,

@@ -48,7 +48,7 @@ def pick_rollouts(
 
 def staleness(row: RolloutRow) -> int | None:
     """Versions between the sampling of the oldest token and its training; None if the rollout was not trained."""
-    # Step s makes version s, so it trains version s - 1.
+    # Batch b makes version b, so it trains version b - 1.
     return None if row.step is None or not row.versions else row.step - 1 - min(version for version, _ in row.versions)
 
 

@@ -12,13 +12,16 @@ class Watch:
     def __init__(self, logprob_gap_alarm: float) -> None:
         self._alarm = logprob_gap_alarm
         self._active: set[str] = set()
+        self._wide_gap = -1  # version of the latest batch with a mini-batch above the alarm
 
     def step(self, record: StepRecord) -> list[str]:
         """Notices that this step gives rise to."""
         gap, grad_norm, loss = record.logprob_gap, record.grad_norm, record.loss
+        if gap > self._alarm:
+            self._wide_gap = record.version
         conditions = {
             "gap": (
-                gap > self._alarm,
+                self._wide_gap == record.version,
                 f"step {record.step}: sampler and trainer log-probabilities differ by {number(gap)} on average, above "
                 f"--logprob_gap_alarm {number(self._alarm)}: check that servers and trainer hold one model and dtype",
             ),

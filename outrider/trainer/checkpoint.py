@@ -23,9 +23,11 @@ _PREFIX, _UNFINISHED, _REPLACED = "checkpoint-", ".unfinished", ".replaced"
 
 
 class TrainerState(msgspec.Struct, kw_only=True):
-    """What goes on in a resumed run. step: optimizer steps taken; time: seconds of training before."""
+    """What goes on in a resumed run. step: optimizer steps taken; version: batches trained; time: seconds of training
+    before."""
 
     step: int
+    version: int
     max_steps: int
     time: float
     model_fingerprint: str

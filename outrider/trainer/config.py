@@ -29,19 +29,24 @@ class ModelConfig(Section):
 
 
 class BatchConfig(Section):
-    """The arithmetic of a step."""
+    """The arithmetic of a batch."""
 
     per_device_train_batch_size: Annotated[int, option("Rollouts of one micro-batch on one device", ge=1)] = 8
     gradient_accumulation_steps: Annotated[int, option("Micro-batches of one optimizer step", ge=1)] = 1
     generation_batch_size: Annotated[
         PositiveInt | None,
-        option("Rollouts of one batch (default: micro-batch x devices x steps_per_generation)"),
+        option("Rollouts that are generated together (default: micro-batch x devices x steps_per_generation)"),
     ] = None
     steps_per_generation: Annotated[
-        PositiveInt | None, option("Micro-batches for which one batch of rollouts is generated "
-                           "(default: gradient_accumulation_steps)")
-    ] = None  # fmt: skip
-    num_iterations: Annotated[int, option("Times that a batch is trained on", ge=1)] = 1
+        PositiveInt | None,
+        option(
+            "Micro-batches for which one batch of rollouts is generated; k times --gradient_accumulation_steps make k "
+            "optimizer steps, each on a part of the batch (default: --gradient_accumulation_steps)"
+        ),
+    ] = None
+    num_iterations: Annotated[
+        int, option("Times that a batch is trained on, each time with the same optimizer steps", ge=1)
+    ] = 1
     max_tokens_per_micro_batch: Annotated[
         PositiveInt | None, option("Token budget of a micro-batch, instead of a number of rollouts")
     ] = None
@@ -91,7 +96,9 @@ class RunConfig(Section):
 
     output_dir: Annotated[str, option("Directory of the run: checkpoints, ledger, metrics, report")] = "outrider-run"
     seed: Annotated[int, option("Seed of data order and sampling", ge=0)] = 42
-    save_steps: Annotated[int, option("Save a checkpoint every so many steps; 0: only at the end", ge=0)] = 100
+    save_steps: Annotated[
+        int, option("Save a checkpoint every so many steps, at the end of a batch; 0: only at the end", ge=0)
+    ] = 100
     save_total_limit: Annotated[PositiveInt | None, option("Checkpoints kept (default: all)")] = None
     save_only_model: Annotated[bool, option("Checkpoints without optimizer state, which cannot be resumed")] = False
     resume_from_checkpoint: Annotated[

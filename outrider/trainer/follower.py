@@ -8,11 +8,12 @@ from urllib.parse import urlsplit
 
 from outrider.contract.lifetime import die_with_parent
 from outrider.trainer.clock import StepClock
-from outrider.trainer.orders import End, Gather, Load, Open, Step, decode
+from outrider.trainer.orders import End, Gather, Load, Open, Publish, Step, Take, decode
 from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
 from outrider.trainer.ranks import Ranks
 from outrider.trainer.saving import gather
 from outrider.trainer.spec import TrainerSpec
+from outrider.trainer.step import StepWork
 from outrider.weights.publish import Publisher
 from outrider.weights.segment_server import own_address, serve_in_thread
 
@@ -22,6 +23,7 @@ class Follower:
 
     parts: Parts
     publisher: Publisher
+    works: list[StepWork]
 
     def __init__(self, spec: TrainerSpec, ranks: Ranks) -> None:
         self.spec, self.ranks = spec, ranks
@@ -41,12 +43,15 @@ class Follower:
                         self.parts = load_parts(self.spec, self.ranks, None if checkpoint is None else Path(checkpoint))
                     case Open() as order:
                         self._open(order)
-                    case Step(batch=batch, learning_rate=rate, version=version):
+                    case Take(mini_batches=mini_batches):
+                        self.works = self.parts.computer.prepare(mini_batches, StepClock())
+                    case Step(mini_batch=number, learning_rate=rate):
                         self.parts.set_learning_rate(rate)
-                        self.parts.computer.gradients(batch, StepClock())
+                        self.parts.computer.gradients(self.works[number], StepClock())
                         self.publisher.wait()
                         self.parts.optimizer.step()
                         self.parts.optimizer.zero_grad(set_to_none=True)
+                    case Publish(version=version):
                         self.publisher.publish(version)
                     case Gather(optimizer=optimizer):
                         gather(self.parts.policy.model, self.parts.optimizer if optimizer else None, keep=False)
@@ -61,7 +66,6 @@ class Follower:
         description = Description(self.ranks, self.run_id)
         self.publisher = make_publisher(self.parts.policy, order.serving_dtype, self.run_id, url, description.give)
         self.closers.callback(self.publisher.close)
-        self.publisher.publish(order.version)
 
     def _serve(self, order: Open) -> str:
         """The URL under which servers reach this node's segments; its first rank serves them."""

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from outrider.contract.feed import Batch
+from outrider.contract.feed import MiniBatch
 from outrider.contract.manifest import DTypeName
 
 
@@ -14,22 +14,32 @@ class Load(msgspec.Struct, tag="load"):
 
 
 class Open(msgspec.Struct, tag="open"):
-    """Get ready to publish, in this precision, and publish ``version``. segment_url: under which rank 0's host serves
+    """Get ready to publish, in this precision. segment_url: under which rank 0's host serves
     segments, None where all servers are on it. server_url, key: for other hosts, to find out under which address they
     are reached, and whom to serve."""
 
-    version: int
     serving_dtype: DTypeName
     segment_url: str | None
     server_url: str
     key: str
 
 
-class Step(msgspec.Struct, tag="step"):
-    """Train on a batch, and publish the weights as ``version``."""
+class Take(msgspec.Struct, tag="take"):
+    """Get ready for optimizer steps on these mini-batches."""
 
-    batch: Batch
+    mini_batches: list[MiniBatch]
+
+
+class Step(msgspec.Struct, tag="step"):
+    """Take an optimizer step on one of the mini-batches that were taken last."""
+
+    mini_batch: int
     learning_rate: float
+
+
+class Publish(msgspec.Struct, tag="publish"):
+    """Publish the weights as ``version``."""
+
     version: int
 
 
@@ -43,6 +53,6 @@ class End(msgspec.Struct, tag="end"):
     """The run has ended."""
 
 
-Order = Load | Open | Step | Gather | End
+Order = Load | Open | Take | Step | Publish | Gather | End
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Order).decode

@@ -21,4 +21,4 @@ def planned_steps(spec: TrainerSpec, prompts: int) -> int:
     """Optimizer steps of the run: --max_steps, else what --num_train_epochs make of ``prompts``."""
     if spec.batch.max_steps > 0:
         return spec.batch.max_steps
-    return max(1, int(spec.batch.num_train_epochs * prompts // spec.groups_per_batch))
+    return max(1, int(spec.batch.num_train_epochs * prompts // spec.groups_per_batch)) * spec.steps_per_batch

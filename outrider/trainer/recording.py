@@ -13,15 +13,18 @@ def step_record(
     outcome: StepOutcome,
     times: StepTimes,
     step: int,
+    version: int,
     max_steps: int,
     time: float,
     rate: float,
 ) -> StepRecord:
-    """The row of one optimizer step. time: seconds since the first step began; rate: the learning rate."""
+    """The row of one optimizer step. version: that its batch trains; time: seconds since the first step began; rate:
+    the learning rate."""
     whole = max(times.whole, 1e-9)
     return StepRecord(
         **msgspec.structs.asdict(stats),
         step=step,
+        version=version,
         max_steps=max_steps,
         time=time,
         seconds=times.whole,
@@ -42,7 +45,7 @@ def step_record(
         logprob_gap_max=outcome.logprob_gap_max,
         correction_mean=outcome.correction_mean,
         tokens_trained=outcome.tokens,
-        tokens_per_second=stats.rollout_tokens / whole,
+        tokens_per_second=stats.rollout_tokens / max(stats.batch_seconds, 1e-9),
     )
 
 

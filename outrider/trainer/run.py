@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from outrider.contract.errors import UserError
-from outrider.contract.feed import Begin, EvalResult, Ready
+from outrider.contract.feed import Batch, Begin, EvalResult, Ready
 from outrider.contract.identity import model_fingerprint
 from outrider.contract.keys import client_key
 from outrider.observe.metrics import MetricsWriter, read_metrics
@@ -27,13 +28,14 @@ from outrider.trainer.interrupt import Interrupt
 from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import load_config, load_tokenizer
 from outrider.trainer.optimizer import learning_rate
-from outrider.trainer.orders import End, Load, Open, Step, encode
+from outrider.trainer.orders import End, Load, Open, Publish, Step, Take, encode
 from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
 from outrider.trainer.plan import planned_steps
 from outrider.trainer.ranks import Ranks, lost_connection
 from outrider.trainer.recording import eval_record, step_record
 from outrider.trainer.saving import Saver, patiently
 from outrider.trainer.spec import TrainerSpec
+from outrider.trainer.step import StepOutcome, StepWork
 from outrider.trainer.summary import RunEnd
 from outrider.weights.publish import BUFFERS, Publisher
 from outrider.weights.segments import remove_stale_segments, segment_path
@@ -85,13 +87,15 @@ class Trainer:
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, ranks: Ranks) -> None:
         self.spec, self.output_dir, self.ranks = spec, output_dir, ranks
-        self.step = 0
+        #: Optimizer steps taken, and batches trained.
+        self.step = self.version = 0
         self.max_steps = 0
         self.time_before = 0.0
         # Plain lines until the run is known to start: the live panel has nothing to show before.
         self.panel = self._panel(plain=True)
+        last = "step" if spec.steps_per_batch == 1 else "batch"
         self.interrupt = Interrupt(
-            lambda: self.panel.notice("stopping after this step; once more to stop now, without saving"),
+            lambda: self.panel.notice(f"stopping after this {last}; once more to stop now, without saving"),
             self._abandon,
         )
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
@@ -129,7 +133,8 @@ class Trainer:
         self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks)
         self.closers.callback(self.saver.close)
         if state is not None:
-            self.step, self.saver.saved_step, self.time_before = state.step, state.step, state.time
+            self.step, self.version, self.time_before = state.step, state.version, state.time
+            self.saver.saved_step = state.step
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
         self.ready = self.link.ready(deadline=24 * 3600.0)
         self.max_steps = planned_steps(spec, self.ready.prompts)
@@ -144,9 +149,7 @@ class Trainer:
             )
         dtype, segment_url = self.ready.serving_dtype, self.ready.segment_url or None
         description = Description(self.ranks, spec.run_id)
-        with self.ranks.together(
-            encode(Open(self.step, dtype, segment_url, spec.server_url, client_key(spec.api_key)))
-        ):
+        with self.ranks.together(encode(Open(dtype, segment_url, spec.server_url, client_key(spec.api_key)))):
             self.publisher = make_publisher(
                 policy, dtype, spec.run_id, segment_url, lambda part: self.link.announce(description.whole(part))
             )
@@ -172,18 +175,20 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        """The loop over steps. Returns the exit status."""
+        """The loop over batches. Returns the exit status."""
         spec = self.spec
         evaluates = self.ready.evaluation_prompts > 0
         if evaluates and spec.eval_on_start and self.step == 0:
             self._evaluate_now()
-        self.link.send(Begin(start_step=self.step, max_steps=self.max_steps))
+        batches = math.ceil((self.max_steps - self.step) / spec.steps_per_batch)
+        self.link.send(Begin(first=self.version, end=self.version + batches))
         self.started = time.monotonic()
         self.clock = StepClock()
         while self.step < self.max_steps and not self.interrupt.requested:
-            self._one_step()
-            if evaluates and spec.eval_steps and self.step % spec.eval_steps == 0 and self.step < self.max_steps:
-                self.link.request_evaluation(self.step, self.step)
+            before = self.step
+            self._one_batch()
+            if evaluates and self._due(spec.eval_steps, before):
+                self.link.request_evaluation(self.step, self.version)
         seconds = self._elapsed()
         if self.interrupt.requested:
             return self.stopped_by_user()
@@ -194,20 +199,41 @@ class Trainer:
         self._write_end(seconds, finished=True)
         return 0
 
-    def _one_step(self) -> None:
-        """Wait for a batch, compute, step, publish, record, save."""
-        clock = self.clock
+    def _due(self, every: int, before: int) -> bool:
+        """Whether what is done every so many steps is due at the end of a batch that began after step ``before``."""
+        return every > 0 and self.step // every > before // every and self.step < self.max_steps
+
+    def _one_batch(self) -> None:
+        """Wait for a batch, take the optimizer steps on it, publish, save. A row is recorded for each step."""
+        clock, before = self.clock, self.step
         self.panel.phase("waiting for rollouts")
         with clock.part("wait"):
             batch = self.link.batch()
         self.panel.phase("training")
-        config = self.spec.optimizer
+        steps = min(self.spec.steps_per_batch, self.max_steps - self.step)
+        chosen = batch.mini_batches[:steps]
+        with clock.part("train"), self.ranks.together(encode(Take(chosen))):
+            works = self.parts.computer.prepare(chosen, clock)
+        for index in range(steps):
+            outcome, rate = self._one_step(works, index % len(works))
+            if index == steps - 1:
+                self.version += 1
+                with clock.part("publish_wait"):
+                    self._publish()
+                if self._due(self.spec.run.save_steps, before):
+                    with clock.part("save"):
+                        self._save()
+            self._record_step(batch, outcome, rate)
+
+    def _one_step(self, works: list[StepWork], mini_batch: int) -> tuple[StepOutcome, float]:
+        """Take an optimizer step; what it showed, and its learning rate."""
+        clock, config = self.clock, self.spec.optimizer
         rate = learning_rate(
             self.step, self.max_steps, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
         )
         self.parts.set_learning_rate(rate)
-        with clock.part("train"), self.ranks.together(encode(Step(batch, rate, self.step + 1))):
-            outcome = self.parts.computer.gradients(batch, clock)
+        with clock.part("train"), self.ranks.together(encode(Step(mini_batch, rate))):
+            outcome = self.parts.computer.gradients(works[mini_batch], clock)
         # Copies of the version before read what the optimizer is about to change.
         with clock.part("publish_wait"):
             self.publisher.wait()
@@ -217,13 +243,15 @@ class Trainer:
             self.parts.optimizer.step()
             self.parts.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        with clock.part("publish_wait"):
-            self._publish()
-        if self.spec.run.save_steps and self.step % self.spec.run.save_steps == 0 and self.step < self.max_steps:
-            with clock.part("save"):
-                self._save()
-        times = clock.lap()
-        self._record(step_record(batch.stats, outcome, times, self.step, self.max_steps, self._elapsed(), rate))
+        return outcome, rate
+
+    def _record_step(self, batch: Batch, outcome: StepOutcome, rate: float) -> None:
+        times = self.clock.lap()
+        record = step_record(
+            batch.stats, outcome, times, self.step, batch.number, self.max_steps, self._elapsed(), rate
+        )
+        self._log(record)
+        self.panel.step(record)
         for result in self.link.arrived_evaluations():
             self._record_evaluation(result)
         if self.saver.settled:
@@ -231,7 +259,8 @@ class Trainer:
 
     def _publish(self) -> None:
         """Copy the weights out in the background; servers are told when the copy is whole."""
-        self.publisher.publish(self.step)
+        with self.ranks.together(encode(Publish(self.version))):
+            self.publisher.publish(self.version)
         if self.spec.max_staleness == 0:
             # Nothing to overlap with: the next batch needs this version.
             self.publisher.finish()
@@ -242,7 +271,7 @@ class Trainer:
         self.publisher.finish()
         for result in self.link.arrived_evaluations():
             self._record_evaluation(result)
-        self.link.request_evaluation(self.step, self.step)
+        self.link.request_evaluation(self.step, self.version)
         while True:
             result = self.link.evaluation(EVALUATION_DEADLINE)
             self._record_evaluation(result)
@@ -253,10 +282,6 @@ class Trainer:
 
     def _elapsed(self) -> float:
         return self.time_before + (0.0 if self.started is None else time.monotonic() - self.started)
-
-    def _record(self, record: StepRecord) -> None:
-        self._log(record)
-        self.panel.step(record)
 
     def _log(self, row: StepRecord | EvalRecord) -> None:
         self.metrics.write(row)
@@ -272,7 +297,7 @@ class Trainer:
         """Start to save a checkpoint, once the one before is saved."""
         self.panel.phase("saving")
         self._settle_save()
-        self.saver.begin_checkpoint(self.step, self.max_steps, self._elapsed())
+        self.saver.begin_checkpoint(self.step, self.version, self.max_steps, self._elapsed())
 
     def _settle_save(self) -> None:
         """Hear how the checkpoint in progress has ended. A failure is told and costs the checkpoint, not the run."""
@@ -286,7 +311,7 @@ class Trainer:
         self.panel.phase("saving")
         self._settle_save()
         if self.saver.saved_step != self.step:
-            save = functools.partial(self.saver.checkpoint, self.step, self.max_steps, seconds)
+            save = functools.partial(self.saver.checkpoint, self.step, self.version, self.max_steps, seconds)
             patiently(save, "the last checkpoint", self.panel.notice, lambda: self.interrupt.requested)
 
     def stopped_by_user(self) -> int:

@@ -54,14 +54,14 @@ class Saver:
         self._copied = threading.Event()
         self._copied.set()
 
-    def checkpoint(self, step: int, max_steps: int, seconds: float) -> None:
+    def checkpoint(self, step: int, version: int, max_steps: int, seconds: float) -> None:
         """Save what a resumed run needs, and return when it is on disk. Raises SaveFailed."""
-        self._write(self._contents(step, max_steps, seconds))
+        self._write(self._contents(step, version, max_steps, seconds))
 
-    def begin_checkpoint(self, step: int, max_steps: int, seconds: float) -> None:
+    def begin_checkpoint(self, step: int, version: int, max_steps: int, seconds: float) -> None:
         """Start to save it. Weights and optimizer must not change until :meth:`wait_for_copy` returns, and the next
         one must not begin before :meth:`settle`."""
-        contents = self._contents(step, max_steps, seconds)
+        contents = self._contents(step, version, max_steps, seconds)
         self._copied.clear()
 
         def run() -> None:
@@ -106,9 +106,12 @@ class Saver:
 
         write_directory(self.output_dir / "final", write, distinct_bytes(weights))
 
-    def _contents(self, step: int, max_steps: int, seconds: float) -> Contents:
+    def _contents(self, step: int, version: int, max_steps: int, seconds: float) -> Contents:
         weights, optimizer = self._state(optimizer=not self.config.save_only_model)
-        state = TrainerState(step=step, max_steps=max_steps, time=seconds, model_fingerprint=self.policy.fingerprint)
+        fingerprint = self.policy.fingerprint
+        state = TrainerState(
+            step=step, version=version, max_steps=max_steps, time=seconds, model_fingerprint=fingerprint
+        )
         return Contents(
             state=state,
             model=self.policy.model,

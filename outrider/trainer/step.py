@@ -1,13 +1,15 @@
-"""One optimizer step: log-probabilities, loss and gradients of a batch, micro-batch by micro-batch."""
+"""Optimizer steps on a batch: log-probabilities, loss and gradients of each, micro-batch by micro-batch."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from outrider.algorithm.corrections import logprob_gap, rollout_correction
 from outrider.algorithm.losses import LossSpec, StepCounts, policy_loss
-from outrider.contract.feed import Batch
+from outrider.contract.feed import MiniBatch
 from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, CorrectionMode
 from outrider.trainer.model import Policy
@@ -20,7 +22,8 @@ from outrider.trainer.sharding import whole_tensor
 class StepOutcome:
     """What a step's forward and backward passes showed. Shares and means are over the trained tokens.
 
-    logprob_gap: mean |trainer - sampler|. correction_mean: mean weight of the rollout correction, 1 without one.
+    logprob_gap: mean |trainer - sampler|, of the trainer's policy before the first step on the batch. correction_mean:
+    mean weight of the rollout correction, 1 without one.
     """
 
     loss: float = 0.0
@@ -32,6 +35,21 @@ class StepOutcome:
     logprob_gap: float = 0.0
     logprob_gap_max: float = 0.0
     correction_mean: float = 1.0
+
+
+@dataclass
+class StepWork:
+    """One rank's share of an optimizer step, which --num_iterations may repeat.
+
+    rounds: its micro-batches, as rows of indices into the samples; None where the rank has none in a round of all.
+    old, reference: of each round's trained tokens, the log-probabilities of the policy before the first optimizer step
+    on the batch, and of the reference model; as many as have been taken so far.
+    """
+
+    mini_batch: MiniBatch
+    rounds: list[list[list[int]] | None]
+    old: list[Tensor] = field(default_factory=list)
+    reference: list[Tensor] = field(default_factory=list)
 
 
 class StepComputer:
@@ -53,27 +71,33 @@ class StepComputer:
         self.ranks = ranks or Ranks()
         self.correction, self.threshold, self.max_grad_norm = correction, threshold, max_grad_norm
 
-    def gradients(self, batch: Batch, clock: StepClock) -> StepOutcome:
-        """Leave the step's clipped gradient in the parameters; with several ranks, all call it with the same batch.
-        Every micro-batch is divided by the counts of the whole step, so that how rollouts are packed, and shared out
-        over ranks, changes nothing but rounding."""
-        samples = batch.samples
-        counts = StepCounts(batch.sequences, batch.tokens)
+    def prepare(self, mini_batches: Sequence[MiniBatch], clock: StepClock) -> list[StepWork]:
+        """Get ready for the optimizer steps on a batch, before the first of them; with several ranks, all call it with
+        the same mini-batches. Steps after the first compare with the policy before it, so that takes a forward pass."""
+        with clock.part("collate"):
+            works = [StepWork(mini_batch, self._share(mini_batch)) for mini_batch in mini_batches]
+        for work in works[1:]:
+            for rows in work.rounds:
+                micro = self._collate(work, rows, clock)
+                with torch.no_grad():
+                    work.old.append(self.policy.logprobs(micro))
+        return works
+
+    def gradients(self, work: StepWork, clock: StepClock) -> StepOutcome:
+        """Leave the step's clipped gradient in the parameters; with several ranks, all call it with their share of the
+        same mini-batch. Every micro-batch is divided by the counts of the whole mini-batch, so that how rollouts are
+        packed, and shared out over ranks, changes nothing but rounding."""
         # On the device until the end: a number that is read back after each micro-batch would hold up the next one.
         sums = torch.zeros(7, dtype=torch.float64, device=self.policy.device)
         gap_max = torch.zeros((), device=self.policy.device)
-        with clock.part("collate"):
-            mine = self._share(batch)
-        for rows in mine:
-            with clock.part("collate"):
-                # Who has nothing to do in a round computes something all the same: gathering weights and adding up
-                # gradients is for all ranks.
-                chosen = rows or [[min(range(len(samples)), key=lambda index: len(samples[index].completion))]]
-                micro = collate([[samples[index] for index in row] for row in chosen], self.policy.device)
-            found, largest = self._backward(micro, counts, idle=rows is None)
+        for number, rows in enumerate(work.rounds):
+            micro = self._collate(work, rows, clock)
+            found, largest = self._backward(micro, work, number)
             if rows is not None:
                 sums += found
                 gap_max = torch.maximum(gap_max, largest)
+        if not work.rounds:
+            self._zero_gradient()
         loss, clip_low, clip_high, kl, gap, corrected, tokens = self.ranks.sum(sums).tolist()
         gap_max = self.ranks.maximum(gap_max)
         trained = max(tokens, 1)
@@ -86,26 +110,40 @@ class StepComputer:
             kl=kl / trained,
             logprob_gap=gap / trained,
             logprob_gap_max=float(gap_max),
-            correction_mean=corrected / trained,
+            correction_mean=corrected / tokens if tokens else 1.0,
         )
 
-    def _share(self, batch: Batch) -> list[list[list[int]] | None]:
+    def _share(self, mini_batch: MiniBatch) -> list[list[list[int]] | None]:
         """This rank's micro-batches."""
-        config, sharing = self.batch, self.policy.sharing
+        config, sharing, samples = self.batch, self.policy.sharing, mini_batch.samples
         formed = form_micro_batches(
-            batch.samples, config.per_device_train_batch_size, config.max_tokens_per_micro_batch, sharing
+            samples, config.per_device_train_batch_size, config.max_tokens_per_micro_batch, sharing
         )
         if self.ranks.size == 1:
             return [*formed]
         break_even = sharing.break_even if sharing else math.inf
-        return share_out(formed, batch.samples, self.ranks.size, break_even)[self.ranks.rank]
+        return share_out(formed, samples, self.ranks.size, break_even)[self.ranks.rank]
 
-    def _backward(self, micro: MicroBatch, counts: StepCounts, idle: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a micro-batch's gradient; idle: nothing. Returns its loss and the sums over its tokens (clipped low,
-        clipped high, KL, gap, correction) and their number as one tensor [7], and its largest gap."""
+    def _collate(self, work: StepWork, rows: list[list[int]] | None, clock: StepClock) -> MicroBatch:
+        samples = work.mini_batch.samples
+        with clock.part("collate"):
+            # Who has nothing to do in a round computes something all the same: gathering weights and adding up
+            # gradients is for all ranks.
+            chosen = rows or [[min(range(len(samples)), key=lambda index: len(samples[index].completion))]]
+            return collate([[samples[index] for index in row] for row in chosen], self.policy.device)
+
+    def _backward(self, micro: MicroBatch, work: StepWork, number: int) -> tuple[Tensor, Tensor]:
+        """Add the gradient of round ``number``; where this rank has none in it: nothing. Returns its loss and the sums
+        over its tokens (clipped low, clipped high, KL, gap, correction) and their number as one tensor [7], and its
+        largest gap."""
         logprobs = self.policy.logprobs(micro)
-        # One optimizer step a batch: the policy before the step is the policy now, and needs no second pass.
-        old = logprobs.detach()
+        if number == len(work.old):
+            # The first optimizer step on the batch: the policy before it is the policy now, and needs no second pass.
+            work.old.append(logprobs.detach())
+        if self.reference is not None and number == len(work.reference):
+            with torch.no_grad():
+                work.reference.append(self.reference.logprobs(micro))
+        old = work.old[number]
         weights = rollout_correction(
             old_logprobs=old,
             rollout_logprobs=micro.rollout_logprobs,
@@ -114,25 +152,28 @@ class StepComputer:
             mode=self.correction,
             threshold=self.threshold,
         )
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference.logprobs(micro)
         out = policy_loss(
             logprobs=logprobs,
             old_logprobs=old,
             advantages=micro.advantages,
             sequence=micro.sequence,
             spec=self.loss,
-            counts=counts,
+            counts=StepCounts(work.mini_batch.sequences, work.mini_batch.tokens),
             correction=weights,
-            ref_logprobs=reference,
+            ref_logprobs=None if self.reference is None else work.reference[number],
         )
-        (out.loss * 0.0 if idle else out.loss).backward()
+        (out.loss * 0.0 if work.rounds[number] is None else out.loss).backward()
         gap = logprob_gap(old, micro.rollout_logprobs)
         sums = (out.loss.detach(), out.clip_low_sum, out.clip_high_sum, out.kl_sum, gap.abs_sum, weights.sum(),
                 torch.full_like(weights.sum(), len(micro.targets)))  # fmt: skip
         return torch.stack([value.double() for value in sums]), gap.abs_max
+
+    def _zero_gradient(self) -> None:
+        """What a mini-batch without any signal has, which is something else than none: the optimizer's momentum moves
+        the weights all the same."""
+        for parameter in self.policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _clip(self) -> float:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf

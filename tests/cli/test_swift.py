@@ -152,7 +152,6 @@ def test_values_that_ask_for_what_happens_anyway_pass(
         ("--tuner_type lora", "--tuner_type lora is refused"),
         ("--adapters a b", "--adapters a b is refused"),
         ("--loss_type cispo", "--loss_type is 'cispo'"),
-        ("--num_iterations 2", "--num_iterations 2"),
         ("--dataset a b#100", "--dataset b#100"),
         ("--dataset HF::a", "--dataset HF::a"),
         ("--val_dataset v#5", "--val_dataset v#5"),

@@ -26,6 +26,8 @@ def test_defaults() -> None:
         server_urls=["http://127.0.0.1:8000"],
         rollouts_per_batch=8,
         groups_per_batch=1,
+        mini_batches=1,
+        steps_per_batch=1,
         micro_batches=1,
         epsilon_low=0.2,
         epsilon_high=0.2,
@@ -70,7 +72,7 @@ def test_staleness_and_correction(line: str, bound: int, correction: str) -> Non
         ("--max_resample_times 2", ["--max_resample_times 2", "--dynamic_sample true"]),
         ("--num_generations 1", ["--num_generations 1", "at least 2"]),
         ("--max_steps 0", ["--max_steps 0", "-1"]),
-        ("--num_iterations 2", ["--num_iterations 2", "set --num_iterations 1"]),
+        ("--steps_per_generation 3 --gradient_accumulation_steps 2", ["--steps_per_generation 3", "2 or 4"]),
         ("--vllm_server_api_key=", ["--vllm_server_api_key is empty"]),
         (
             "--rollout_importance_sampling_mode none --rollout_importance_sampling_threshold 3",
@@ -166,8 +168,15 @@ def test_describe() -> None:
 @pytest.mark.parametrize(
     ("line", "world_size", "part"),
     [
-        ("--generation_batch_size 24", 2, "3 prompts x 8 rollouts = 24 rollouts a batch; 1 optimizer step a batch; "
-         "2 micro-batches of up to 8 on each of 2 devices"),
+        ("--generation_batch_size 64", 2, "8 prompts x 8 rollouts = 64 rollouts a batch; 4 mini-batches of 16 rollouts "
+         "= 4 optimizer steps a batch, after which weights are published; "
+         "1 micro-batch of 8 on each of 2 devices a step"),
+        ("--num_iterations 3 --steps_per_generation 4 --gradient_accumulation_steps 2 --max_steps 13", 1,
+         "2 mini-batches of 16 rollouts x 3 iterations = 6 optimizer steps a batch, after which weights are published; "
+         "2 micro-batches of 8 a step\n"),
+        ("--num_iterations 6 --max_steps 13", 1,
+         "length: 13 optimizer steps on 3 batches, the last one for 1 of its 6\n"),
+        ("--num_iterations 2 --max_steps 4", 1, "length: 4 optimizer steps on 2 batches\n"),
         ("--max_tokens_per_micro_batch 4096", 1, "micro-batches of up to 4096 tokens"),
         ("", 1, "1 prompt x 8 rollouts = 8 rollouts a batch; 1 optimizer step a batch; 1 micro-batch of 8\n"),
         ("", 1, "K = 0: on-policy; at most 1 group in flight"),

@@ -33,6 +33,7 @@ from outrider.contract.feed import (
     EvaluateRequest,
     Failure,
     FromCollector,
+    MiniBatch,
     Notice,
     PoolStatus,
     Published,
@@ -92,7 +93,7 @@ class Run:
     def send(self, message: FromCollector) -> None:
         self.messages.append(message)
         if isinstance(message, Batch):
-            self.rig.announce(self.weights.publish(message.step + 1))
+            self.rig.announce(self.weights.publish(message.number + 1))
 
     @property
     def batches(self) -> list[Batch]:
@@ -121,6 +122,12 @@ class Run:
         )
 
 
+def whole(batch: Batch) -> MiniBatch:
+    """The one part of a batch that is trained in one optimizer step."""
+    [part] = batch.mini_batches
+    return part
+
+
 @contextlib.asynccontextmanager
 async def run_of(
     server: RolloutProcess, directory: Path, scripts: list[str], tokenizer: Any, start: int = 0, **given: Any
@@ -144,24 +151,26 @@ async def test_silent_groups_are_dropped_and_counted(server: RolloutProcess, tmp
     """Their gradient is zero, so they are not sent; the normalization counts them as if they had been."""
     async with run_of(server, tmp_path, ["mixed", "silent", "mixed", "mixed"], tokenizer, max_staleness=0) as run:
         first, second = await run.collect(0, 2)
-    assert [sample.group for sample in first.samples] == [0] * 4
-    assert (first.sequences, first.stats.groups, first.stats.groups_zero_variance) == (8, 2, 1)
+    assert [sample.group for sample in whole(first).samples] == [0] * 4
+    assert (whole(first).sequences, first.stats.groups, first.stats.groups_zero_variance) == (8, 2, 1)
     rows = read_rollouts(run.ledger.path, 1)
     assert (
-        first.tokens == sum(row.tokens for row in rows) > sum(len(sample.completion) // 4 for sample in first.samples)
+        whole(first).tokens
+        == sum(row.tokens for row in rows)
+        > sum(len(sample.completion) // 4 for sample in whole(first).samples)
     )
     assert [row.advantage for row in rows if row.group == 1] == [0.0] * 4
-    assert {sample.group for sample in second.samples} == {2, 3}
-    assert (second.sequences, second.stats.groups_zero_variance) == (8, 0)
-    assert [unpack_ints(sample.prompt).tolist() for sample in first.samples] == [tokenizer.encode("0+1=")] * 4
-    assert [round(sample.advantage, 2) for sample in first.samples] == [-0.87, 0.87, -0.87, 0.87]
+    assert {sample.group for sample in whole(second).samples} == {2, 3}
+    assert (whole(second).sequences, second.stats.groups_zero_variance) == (8, 0)
+    assert [unpack_ints(sample.prompt).tolist() for sample in whole(first).samples] == [tokenizer.encode("0+1=")] * 4
+    assert [round(sample.advantage, 2) for sample in whole(first).samples] == [-0.87, 0.87, -0.87, 0.87]
 
 
 async def test_silent_groups_are_sent_where_they_count(server: RolloutProcess, tmp_path: Path, tokenizer: Any) -> None:
     """With a penalty for moving away from the reference they have a gradient."""
     async with run_of(server, tmp_path, ["mixed", "silent"], tokenizer, drop_zero_variance=False) as run:
         [batch] = await run.collect(0, 1)
-    assert [sample.group for sample in batch.samples] == [0] * 4 + [1] * 4
+    assert sorted(sample.group for sample in whole(batch).samples) == [0] * 4 + [1] * 4
     assert batch.stats.groups_zero_variance == 1
 
 
@@ -169,8 +178,8 @@ async def test_dynamic_sample_fills_the_batch(server: RolloutProcess, tmp_path: 
     scripts = ["silent", "silent", "mixed", "silent", "mixed", "mixed"]
     async with run_of(server, tmp_path, scripts, tokenizer, dynamic_sample=True, max_staleness=0) as run:
         [batch] = await run.collect(0, 1)
-    assert len({sample.group for sample in batch.samples}) == 2
-    assert batch.sequences == len(batch.samples) == 8
+    assert len({sample.group for sample in whole(batch).samples}) == 2
+    assert whole(batch).sequences == len(whole(batch).samples) == 8
     dropped = {row.group for row in read_rollouts(run.ledger.path, None) if row.reason == "all rewards equal"}
     assert len(dropped) == batch.stats.groups_zero_variance >= 2
 
@@ -182,8 +191,8 @@ async def test_dynamic_sample_has_a_limit(server: RolloutProcess, tmp_path: Path
         server, tmp_path, scripts, tokenizer, dynamic_sample=True, max_resample_times=1, max_staleness=0
     ) as run:
         [batch] = await run.collect(0, 1)
-    assert {sample.group for sample in batch.samples} == {2}
-    assert batch.sequences == 8
+    assert {sample.group for sample in whole(batch).samples} == {2}
+    assert whole(batch).sequences == 8
 
 
 async def test_batches_without_any_signal_end_the_run(server: RolloutProcess, tmp_path: Path, tokenizer: Any) -> None:
@@ -197,14 +206,14 @@ async def test_one_batch_without_signal_is_made_anew(server: RolloutProcess, tmp
     scripts = ["silent", "silent", "mixed", "mixed"]
     async with run_of(server, tmp_path, scripts, tokenizer, max_staleness=0, max_empty_batches=2) as run:
         [batch] = await run.collect(0, 1)
-    assert {sample.group for sample in batch.samples} == {2, 3}
+    assert {sample.group for sample in whole(batch).samples} == {2, 3}
     assert batch.stats.groups_zero_variance == 2
 
 
 async def test_a_failing_reward_costs_its_group(server: RolloutProcess, tmp_path: Path, tokenizer: Any) -> None:
     async with run_of(server, tmp_path, ["fail", "mixed", "mixed", "fail"], tokenizer, max_staleness=0) as run:
         first, second = await run.collect(0, 2)
-    assert {sample.group for sample in first.samples} == {1, 2}
+    assert {sample.group for sample in whole(first).samples} == {1, 2}
     assert first.stats.groups_failed + second.stats.groups_failed >= 2
     texts = [message.text for message in run.messages if isinstance(message, Notice)]
     assert any(text.startswith("group 0 given up: reward scripted raised RuntimeError: as the scr") for text in texts)
@@ -222,7 +231,7 @@ async def test_overlong_prompts_are_rejected_one_by_one(server: RolloutProcess, 
     async with run_of(server, tmp_path, ["mixed"] * 4, tokenizer, max_staleness=0) as run:
         run.prompts.rows[1]["prompt"] = "1" * 21  # type: ignore[index]
         first, _ = await run.collect(0, 2)
-        first_groups = {sample.group for sample in first.samples}
+        first_groups = {sample.group for sample in whole(first).samples}
         assert len(first_groups) == 2
         assert 1 not in first_groups
         assert first.stats.prompts_rejected >= 1
@@ -240,7 +249,7 @@ async def test_nothing_ships_beyond_the_bound(
 ) -> None:
     async with run_of(server, tmp_path, ["mixed"] * 5, tokenizer, max_staleness=bound) as run:
         batches = await run.collect(0, 6)
-    assert [batch.step for batch in batches] == list(range(6))
+    assert [batch.number for batch in batches] == list(range(6))
     assert trained_steps(run.ledger.path) == list(range(1, 7))
     for step, batch in enumerate(batches):
         versions = [version for row in read_rollouts(run.ledger.path, step + 1) for version, _ in row.versions]
@@ -301,13 +310,13 @@ async def test_evaluation_waits_for_its_version(server: RolloutProcess, tmp_path
 async def test_resume_loses_nothing_and_trains_nothing_twice(
     server: RolloutProcess, tmp_path: Path, tokenizer: Any
 ) -> None:
-    """The first process ends with one step trained, groups finished, and one in flight. The second one starts from
-    before that step: it gets the same batch again, the finished groups are used, and the one in flight is asked
+    """The first process ends with one batch trained, groups finished, and one in flight. The second one starts from
+    before that batch: it gets it again, in the same parts, the finished groups are used, and the one in flight is asked
     anew with its own prompt."""
     scripts = ["mixed", "hang"] + ["mixed"] * 8
     hang = tmp_path / "hang"
     hang.touch()
-    async with run_of(server, tmp_path, scripts, tokenizer) as run:
+    async with run_of(server, tmp_path, scripts, tokenizer, mini_batches=2) as run:
         task = asyncio.create_task(run.collect(0, 5))
         await until(lambda: len(run.collector.finished) == 3 and run.batches)
         task.cancel()
@@ -315,16 +324,16 @@ async def test_resume_loses_nothing_and_trains_nothing_twice(
         [first] = run.batches
         waiting = set(run.collector.finished)
         assert list(run.collector.gate.running) == [1]
-    first_groups = {sample.group for sample in first.samples}
+    first_groups = {sample.group for part in first.mini_batches for sample in part.samples}
     assert len(first_groups) == 2
     assert 1 not in first_groups
     before = {(row.group, row.index): row for row in read_rollouts(run.ledger.path, None)}
 
     hang.unlink()
-    async with run_of(server, tmp_path, scripts, tokenizer, resume=True) as run:
+    async with run_of(server, tmp_path, scripts, tokenizer, mini_batches=2, resume=True) as run:
         batches = await run.collect(0, 5)
-    assert batches[0].samples == first.samples
-    assert (batches[0].sequences, batches[0].tokens) == (first.sequences, first.tokens)
+    assert batches[0].mini_batches == first.mini_batches
+    assert [len(part.samples) for part in first.mini_batches] == [4, 4]
     rows = {step: read_rollouts(run.ledger.path, step) for step in trained_steps(run.ledger.path)}
     assert list(rows) == [1, 2, 3, 4, 5]
     groups = [row.group for own in rows.values() for row in own if row.index == 0]
@@ -390,10 +399,10 @@ async def test_the_process_from_start_to_end(server: RolloutProcess, tmp_path: P
     ready = await receive(Ready)
     assert (ready.prompts, ready.evaluation_prompts, len(ready.servers)) == (20, 20, 1)
     await versions.send(encode(Published(manifest=weights.publish(0))))
-    await feed.send(encode(Begin(start_step=0, max_steps=1000)))
+    await feed.send(encode(Begin(first=0, end=1000)))
     for step in range(3):
         batch = await receive(Batch)
-        assert (batch.step, batch.sequences) == (step, 8)
+        assert (batch.number, whole(batch).sequences) == (step, 8)
         await versions.send(encode(Published(manifest=weights.publish(step + 1))))
     assert (await receive(PoolStatus)).servers_alive == 1
     await feed.send(encode(EvaluateRequest(step=3, version=3)))

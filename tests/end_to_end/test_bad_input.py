@@ -27,11 +27,11 @@ AT_ONCE: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a batch of no whole groups": (
         {"num_generations": 5},
-        ["32 rollouts", "--num_generations 5", "--generation_batch_size 30 or 35"],
+        ["32 rollouts", "--num_generations 5", "--per_device_train_batch_size 30 or 35"],
     ),
     "a generation batch of no whole groups": (
         {"generation_batch_size": 33},
-        ["--generation_batch_size 33", "--num_generations 4", "--generation_batch_size 32 or 36"],
+        ["--generation_batch_size 33", "--num_generations 4", "--generation_batch_size 32 or 64"],
     ),
     "an output directory that is a file": (
         {"output_dir": "occupied"},

@@ -8,7 +8,8 @@ from outrider.observe.records import EvalRecord, StepRecord
 
 def make_step(step: int, max_steps: int = 10, **fields: Any) -> StepRecord:
     values: dict[str, Any] = {
-        "time": step * 2.0, "seconds": 2.0, "wait_seconds": 0.3, "collate_seconds": 0.04, "train_seconds": 1.5,
+        "version": step - 1, "time": step * 2.0,
+        "seconds": 2.0, "wait_seconds": 0.3, "collate_seconds": 0.04, "train_seconds": 1.5,
         "publish_wait_seconds": 0.01, "save_seconds": 0.1, "other_seconds": 0.05, "trainer_idle_share": 0.15,
         "batch_seconds": 2.0, "generation_busy_seconds": 1.8, "generation_idle_seconds": 0.15,
         "generation_down_seconds": 0.05, "generation_idle_share": 0.1, "reward_wait_seconds": 0.05,

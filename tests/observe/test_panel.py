@@ -185,6 +185,8 @@ def test_a_condition_is_told_when_it_begins_and_not_while_it_lasts() -> None:
         panel.step(make_step(step, 100, logprob_gap=gap))
     panel.step(make_step(6, 100, loss=float("nan")))
     panel.step(make_step(7, 100, groups_zero_variance=16))
+    for step, gap in enumerate([0.2, 0.01, 0.2, 0.01], start=8):  # of two mini-batches, each trained twice
+        panel.step(make_step(step, 100, version=7, logprob_gap=gap))
     lines = output(on).splitlines()
-    assert [line.split(": ")[0].split()[-1] for line in lines] == ["2", "5", "6", "7"]
+    assert [line.split(": ")[0].split()[-1] for line in lines] == ["2", "5", "6", "7", "8"]
     assert "--logprob_gap_alarm 0.1" in lines[0]

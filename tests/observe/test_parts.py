@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from outrider.observe.parts import BESIDE, SERVERS, TRAINER, shares, totals
+from outrider.observe.parts import BESIDE, SERVERS, TRAINER, one_a_batch, shares, totals
 from outrider.observe.records import StepRecord
 from tests.observe.build import make_step
 
@@ -35,3 +35,9 @@ def test_what_is_no_length_of_time_counts_as_nothing(weird_step: StepRecord) -> 
     for parts in (TRAINER, SERVERS, BESIDE):
         assert all(0 <= seconds < 1e10 for seconds in totals([weird_step], parts).values())
     assert all(math.isnan(share) for share in shares([], TRAINER).values())
+
+
+def test_what_is_said_of_a_batch_is_added_up_once() -> None:
+    rows = [make_step(step, version=(step - 1) // 4, batch_seconds=2.0) for step in range(1, 11)]
+    assert [row.version for row in one_a_batch(rows)] == [0, 1, 2]
+    assert sum(totals(one_a_batch(rows), SERVERS).values()) == pytest.approx(6.0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from outrider.contract.arrays import pack_floats, pack_ints
-from outrider.contract.feed import Batch, BatchStats, Sample
+from outrider.contract.feed import MiniBatch, Sample
 from outrider.trainer.config import ModelConfig
 from outrider.trainer.model import Policy
 from outrider.trainer.packing import MicroBatch, collate
@@ -61,15 +61,12 @@ def trained_tokens(found: Sample) -> int:
     return sum(found.mask) if found.mask else len(found.completion) // 4
 
 
-def batch_of(samples: list[Sample], sequences: int | None = None, tokens: int | None = None) -> Batch:
-    """The batch that the collector would send, with the counts of ``samples`` unless others are given."""
-    stats = dict.fromkeys(BatchStats.__struct_fields__, 0.0) | {"rewards": {}}
-    return Batch(
-        step=0,
+def batch_of(samples: list[Sample], sequences: int | None = None, tokens: int | None = None) -> MiniBatch:
+    """The mini-batch that the collector would send, with the counts of ``samples`` unless others are given."""
+    return MiniBatch(
         samples=samples,
         sequences=len(samples) if sequences is None else sequences,
         tokens=sum(map(trained_tokens, samples)) if tokens is None else tokens,
-        stats=BatchStats(**stats),
     )
 
 

@@ -17,7 +17,8 @@ from tests.trainer.build import batch_of, make_policy, random_samples
 
 
 def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int) -> dict[str, Any]:
-    """Ten steps: losses, norms, counts, divergences and gaps, and the weights after them."""
+    """Ten steps, the last six on two mini-batches of one batch, three times each: losses, norms, counts, divergences
+    and gaps, and the weights after them."""
     policy = make_policy(model)
     reference = make_policy(model, trainable=False) if beta else None
     if ranks.mesh is not None:
@@ -29,12 +30,19 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int) -> dic
     spec = LossSpec(loss_type="dapo", beta=beta, max_completion_length=16)
     computer = StepComputer(policy, reference, spec, config, "token_truncate", 2.0, 1.0, ranks)
     outcomes = []
-    for step in range(10):
-        # An odd number of rollouts: they do not come out even over the ranks.
-        outcome = computer.gradients(batch_of(random_samples(13, seed=step, masks=True)), StepClock())
-        optimizer.step()
-        optimizer.zero_grad()
-        outcomes.append((outcome.loss, outcome.grad_norm, outcome.tokens, outcome.kl, outcome.logprob_gap_max))
+    # An odd number of rollouts: they do not come out even over the ranks.
+    parts = [batch_of(random_samples(13, seed=step, masks=True)) for step in range(6)]
+    batches = [([part], 1) for part in parts[:4]] + [(parts[4:], 3)]
+    for mini_batches, iterations in batches:
+        works = computer.prepare(mini_batches, StepClock())
+        for work in works * iterations:
+            outcome = computer.gradients(work, StepClock())
+            optimizer.step()
+            optimizer.zero_grad()
+            clipped = outcome.clip_low_share + outcome.clip_high_share
+            outcomes.append(
+                (outcome.loss, outcome.grad_norm, outcome.tokens, outcome.kl, outcome.logprob_gap_max, clipped)
+            )
     weights = {name: whole_tensor(value).detach() for name, value in policy.model.named_parameters()}
     return {"outcomes": outcomes, "weights": weights}
 

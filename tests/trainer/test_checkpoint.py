@@ -55,7 +55,7 @@ def optimizer(policy: Policy) -> torch.optim.Optimizer:
 
 
 def state_of(step: int, policy: Policy) -> TrainerState:
-    return TrainerState(step=step, max_steps=9, time=1.5, model_fingerprint=policy.fingerprint)
+    return TrainerState(step=step, version=step, max_steps=9, time=1.5, model_fingerprint=policy.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ policy = make_policy(model)
 optimizer = make_optimizer(policy.model, OptimizerConfig())
 policy.logprobs(one_a_row(random_samples(2, seed=0))).sum().backward()
 optimizer.step()
-state = TrainerState(step=1, max_steps=1, time=0.0, model_fingerprint=policy.fingerprint)
+state = TrainerState(step=1, version=1, max_steps=1, time=0.0, model_fingerprint=policy.fingerprint)
 tokenizer = AutoTokenizer.from_pretrained(model)
 contents = Contents(state, policy.model, tokenizer, policy.model.state_dict(), optimizer.state_dict())
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

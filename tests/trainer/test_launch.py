@@ -107,14 +107,16 @@ def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path
 
 
 def test_two_nodes_train_together(server: Server, tmp_path: Path) -> None:
-    port = free_port()
-    second = start(server, tmp_path, nodes=2, node=1, processes=1, port=port)
-    first = start(server, tmp_path, nodes=2, node=0, processes=1, port=port)
+    """With four optimizer steps on the first batch, and two on the second."""
+    port, flags = free_port(), ("--steps_per_generation", "2", "--num_iterations", "2")
+    second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port)
+    first = start(server, tmp_path, *flags, nodes=2, node=0, processes=1, port=port)
     _, said = first.communicate(timeout=DEADLINE)
     assert first.returncode == 0, said
     assert second.wait(60) == 0
     summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
     assert (summary.finished, summary.steps) == (True, 6)
+    assert [row["version"] for row in rows(tmp_path) if row["kind"] == "step"] == [0, 0, 0, 0, 1, 1]
 
 
 def test_a_node_with_another_parameter_is_named(server: Server, tmp_path: Path) -> None:

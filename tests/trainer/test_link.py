@@ -44,7 +44,7 @@ def test_a_message_to_a_dead_collector_does_not_wait(link: CollectorLink, tmp_pa
     link.start(b"no specification")
     with pytest.raises(UserError):
         link.ready(60)
-    link.send(Begin(start_step=0, max_steps=1))
+    link.send(Begin(first=0, end=1))
     with pytest.raises(UserError, match=r"ended with exit code 1 while the trainer waited for a batch") as caught:
         link.batch()
     assert str(tmp_path / "collector.log") in str(caught.value)

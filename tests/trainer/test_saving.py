@@ -53,7 +53,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     gate = Gate(monkeypatch, saving, "save_checkpoint")
     before = first_weight(saver).detach().clone()
-    saver.begin_checkpoint(4, 9, 1.0)
+    saver.begin_checkpoint(4, 4, 9, 1.0)
     saver.wait_for_copy()
     with torch.no_grad():
         first_weight(saver).add_(1.0)  # the optimizer's next step
@@ -72,7 +72,7 @@ def first_weight_of(directory: Path) -> torch.Tensor:
 
 def test_the_optimizer_waits_for_the_copy_and_for_nothing_else(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch, Contents, "copy")
-    saver.begin_checkpoint(4, 9, 1.0)
+    saver.begin_checkpoint(4, 4, 9, 1.0)
     assert gate.reached.wait(20)
     waiting = threading.Thread(target=saver.wait_for_copy)
     waiting.start()
@@ -93,20 +93,20 @@ def test_a_failure_is_told_once_and_the_next_checkpoint_is_saved(
 
     with monkeypatch.context() as patched:
         patched.setattr(*((Contents, "copy") if culprit == "copy" else (saving, "save_checkpoint")), failing)
-        saver.begin_checkpoint(1, 9, 1.0)
+        saver.begin_checkpoint(1, 1, 9, 1.0)
         saver.wait_for_copy()
         with pytest.raises(SaveFailed, match="no room"):
             saver.settle()
     saver.settle()
     assert saver.saved_step == -1
-    saver.begin_checkpoint(2, 9, 2.0)
+    saver.begin_checkpoint(2, 2, 9, 2.0)
     saver.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_closing_waits_for_what_is_being_written(saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch, saving, "save_checkpoint")
-    saver.begin_checkpoint(3, 9, 1.0)
+    saver.begin_checkpoint(3, 3, 9, 1.0)
     closing = threading.Thread(target=saver.close)
     closing.start()
     closing.join(0.1)
