@@ -134,7 +134,6 @@ TRAIN_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
     "cosine_min_len_value_correct": _unused(_COSINE),
     "cosine_max_len_value_correct": _unused(_COSINE),
     # Logging.
-    "log_entropy": _unused("entropies are not recorded in this version", _OFF),
     "log_rollout_offpolicy_metrics": _unused("the gap to the sampler's log-probabilities is always recorded", _ON),
     "logging_first_step": _unused("the first step is logged with the others", _ON),
     "logging_dir": _unused("logs are in --output_dir"),

@@ -22,8 +22,13 @@ class ModelConfig(Section):
     attn_impl: Annotated[
         str | None,
         option(
-            "Attention of the Transformers model (default: sdpa where it has that)", aliases=("attn_implementation",)
+            "Attention of the Transformers model; varlen: rollouts one after the other, without padding (default: "
+            "varlen on CUDA where the model can, else sdpa)",
+            aliases=("attn_implementation",),
         ),
+    ] = None
+    torch_compile: Annotated[
+        bool | None, option("Compile the decoder blocks (default: on CUDA, where rollouts are not padded)")
     ] = None
     trust_remote_code: Annotated[bool, option("Run code that comes with the model")] = False
 
@@ -75,6 +80,7 @@ class LossConfig(Section):
         option("Correction for what the sampler's policy was (default: token_truncate when K > 0, none when K = 0)"),
     ] = None
     rollout_importance_sampling_threshold: Annotated[float, option("Threshold of that correction", gt=0)] = 2.0
+    log_entropy: Annotated[bool, option("Record the policy's mean entropy over the trained tokens")] = False
     logprob_chunk_size: Annotated[int, option("Tokens whose vocabulary projection is computed at once", ge=1)] = 2048
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from transformers import (
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
 from outrider.trainer.config import ModelConfig
-from outrider.trainer.logprobs import token_logprobs
-from outrider.trainer.packing import MicroBatch
+from outrider.trainer.logprobs import Head, token_logprobs
+from outrider.trainer.packing import Flat, MicroBatch, Rows
 from outrider.trainer.sharding import Whole, local, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
+from outrider.trainer.varlen import bounds_of
 
 
 class Policy:
@@ -80,35 +82,48 @@ class Policy:
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities of the trained tokens; float32 [tokens]. With shards, all ranks call it as often."""
-        return self._whole(batch)
+        logprobs, _ = self._whole(batch, False)
+        return logprobs
 
-    def _logprobs(self, batch: MicroBatch) -> Tensor:
+    def logprobs_and_entropy(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy of the distributions that they are of, which has no gradient; float32 [tokens]."""
+        return self._whole(batch, True)
+
+    def _logprobs(self, batch: MicroBatch, entropy: bool) -> tuple[Tensor, Tensor | None]:
         with self._precision():
-            if batch.shared:
-                mask, positions = shared_mask(batch.part, self._attention), batch.positions
-            else:
-                mask, positions = batch.part.ne(PADDING).long(), None
-            hidden = self._hidden(batch.input_ids, mask, positions)
+            hidden = self._of_layout(batch)
             # Not hidden[where]: rollouts share the place that predicts their first token, and the backward pass of
             # indexing adds what comes to one place in an order that several threads leave open.
             chosen = embedding(batch.where, hidden.flatten(0, 1))
-            return token_logprobs(chosen, batch.targets, self._project, self.temperature, self.chunk)
+            return token_logprobs(chosen, batch.targets, self._head, self.temperature, self.chunk, entropy)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+    def _of_layout(self, batch: MicroBatch) -> Tensor:
+        match batch.layout:
+            case Flat(bounds=bounds, longest=longest):
+                return self._hidden(batch.input_ids, None, batch.positions, **bounds_of(bounds, longest))
+            case Rows(part=part, shared=True):
+                return self._hidden(batch.input_ids, shared_mask(part, self._attention), batch.positions)
+            case Rows(part=part):
+                return self._hidden(batch.input_ids, part.ne(PADDING).long(), None)
+
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **more: Any
+    ) -> Tensor:
         """Hidden states before the vocabulary projection; [rows, width, hidden]. attention_mask: [rows, width], or
-        that of a shared row. position_ids: [rows, width], None where they just count."""
+        that of a shared row. position_ids: [rows, width], None where they just count. more: for the attention."""
         base = self.model.get_decoder()
         places = {} if position_ids is None else {"position_ids": position_ids}
-        return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places).last_hidden_state
+        found = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places, **more)
+        return found.last_hidden_state
 
     @property
     def _attention(self) -> str:
         return str(self.model.config._attn_implementation)
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    @property
+    def _head(self) -> Head:
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, getattr(layer, "bias", None), getattr(self.config, "final_logit_softcapping", None))
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
@@ -124,7 +139,7 @@ class Policy:
         ids = torch.arange(1, 9, device=self.device)[None] % self.config.get_text_config().vocab_size
         with self._precision():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
-            found = self._project(self._hidden(ids, torch.ones_like(ids), None)).float()
+            found = self._head.logits(self._hidden(ids, torch.ones_like(ids), None)).float()
         if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2):
             raise UserError(
                 f"--model {source}: {type(self.model).__name__} computes its logits in a way that this trainer does "

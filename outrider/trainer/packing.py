@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,28 +13,44 @@ from outrider.contract.feed import Sample
 from outrider.trainer.sharing import PADDING, PROMPT, Sharing
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows padded on the right. part: int64 [rows, width], PROMPT, the number of the completion in its row counted from
+    1, or PADDING. shared: whether a row holds several rollouts."""
+
+    part: Tensor
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One row of sequences without padding between them. bounds: int32 [sequences + 1], where they begin, and where the
+    last one ends. longest: tokens of the longest, or a few more."""
+
+    bounds: Tensor
+    longest: int
+
+
 @dataclass
 class MicroBatch:
     """Rows of tokens, and the trained tokens as flat vectors.
 
-    A row is a prompt followed by one or more of its completions, each without its last token, which predicts nothing.
+    A row is a prompt followed by one or more of its completions, each without its last token, which predicts nothing;
+    or, where the layout is flat, the only row has all rollouts, each after its prompt.
 
-    input_ids, positions, part: int64 [rows, width], padded on the right. positions: of a token in its own rollout.
-    part: PROMPT, the number of the completion in its row counted from 1, or PADDING. where: int64 [tokens], places of
-    the hidden states that predict the trained tokens in the flattened [rows x width]. targets, rollout_logprobs,
+    input_ids, positions: int64 [rows, width]. positions: of a token in its own rollout. where: int64 [tokens], places
+    of the hidden states that predict the trained tokens in the flattened [rows x width]. targets, rollout_logprobs,
     sequence: [tokens]; sequence is the rollout a token belongs to. advantages: float32 [rollouts].
-    shared: whether a row holds several rollouts.
     """
 
     input_ids: Tensor
     positions: Tensor
-    part: Tensor
+    layout: Rows | Flat
     where: Tensor
     targets: Tensor
     rollout_logprobs: Tensor
     sequence: Tensor
     advantages: Tensor
-    shared: bool
 
     @property
     def rollouts(self) -> int:
@@ -136,12 +152,12 @@ def _group_rows(
 
 
 def collate(rows: Sequence[Sequence[Sample]], device: torch.device) -> MicroBatch:
-    """The tensors of one micro-batch. The rollouts of a row have one prompt."""
+    """The tensors of one micro-batch of padded rows. The rollouts of a row have one prompt."""
     width = max(map(_width, rows))
     shape = len(rows), width
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     part = np.full(shape, PADDING, dtype=np.int64)
-    where, targets, logprobs = [], [], []
+    trained = Trained()
     for at, row in enumerate(rows):
         prompt = unpack_ints(row[0].prompt)
         start = end = len(prompt)
@@ -154,27 +170,56 @@ def collate(rows: Sequence[Sequence[Sample]], device: torch.device) -> MicroBatc
             # The hidden state of the token before predicts a token: of the first one, the prompt's last.
             places = np.arange(begin - 1, end)
             places[0] = start - 1
-            trained = np.frombuffer(sample.mask, dtype=np.uint8) != 0 if sample.mask else slice(None)
-            where.append(at * width + places[trained])
-            targets.append(completion[trained])
-            logprobs.append(unpack_floats(sample.logprobs)[trained])
-
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
-
+            trained.add(sample, completion, at * width + places)
     samples = [sample for row in rows for sample in row]
-    counts = [len(found) for found in targets]
-    return MicroBatch(
-        input_ids=tensor(ids, torch.long),
-        positions=tensor(positions, torch.long),
-        part=tensor(part, torch.long),
-        where=tensor(np.concatenate(where), torch.long),
-        targets=tensor(np.concatenate(targets), torch.long),
-        rollout_logprobs=tensor(np.concatenate(logprobs), torch.float32),
-        sequence=tensor(np.repeat(np.arange(len(samples)), counts), torch.long),
-        advantages=tensor(np.array([sample.advantage for sample in samples]), torch.float32),
-        shared=len(samples) > len(rows),
-    )
+    layout = Rows(_tensor(part, torch.long, device), shared=len(samples) > len(rows))
+    return trained.micro_batch(ids, positions, layout, samples, device)
+
+
+@dataclass
+class Trained:
+    """The trained tokens of a micro-batch, as they are found rollout by rollout."""
+
+    where: list[np.ndarray] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, sample: Sample, completion: np.ndarray, places: np.ndarray) -> None:
+        """places: of the hidden states that predict the tokens of ``completion``."""
+        mask = np.frombuffer(sample.mask, dtype=np.uint8) != 0 if sample.mask else slice(None)
+        self.where.append(places[mask])
+        self.targets.append(completion[mask])
+        self.logprobs.append(unpack_floats(sample.logprobs)[mask])
+
+    def micro_batch(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        layout: Rows | Flat,
+        samples: Sequence[Sample],
+        device: torch.device,
+    ) -> MicroBatch:
+        """ids, positions: [rows, width]. samples: in the order in which they were added."""
+        counts = [len(found) for found in self.targets]
+        return MicroBatch(
+            input_ids=_tensor(ids, torch.long, device),
+            positions=_tensor(positions, torch.long, device),
+            layout=layout,
+            where=_tensor(np.concatenate(self.where), torch.long, device),
+            targets=_tensor(np.concatenate(self.targets), torch.long, device),
+            rollout_logprobs=_tensor(np.concatenate(self.logprobs), torch.float32, device),
+            sequence=_tensor(np.repeat(np.arange(len(samples)), counts), torch.long, device),
+            advantages=_tensor(np.array([sample.advantage for sample in samples]), torch.float32, device),
+        )
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+
+def length_of(sample: Sample) -> int:
+    """Tokens that a rollout has in a row of its own."""
+    return _prompt(sample) + _completion(sample) - 1
 
 
 def _width(row: Sequence[Sample]) -> int:

@@ -56,6 +56,7 @@ def load_parts(spec: TrainerSpec, ranks: Ranks, checkpoint: Path | None) -> Part
         spec.loss.rollout_importance_sampling_threshold,
         spec.optimizer.max_grad_norm,
         ranks,
+        spec.loss.log_entropy,
     )
     return Parts(policy, optimizer, computer)
 

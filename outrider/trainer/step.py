@@ -12,6 +12,7 @@ from outrider.algorithm.losses import LossSpec, StepCounts, policy_loss
 from outrider.contract.feed import MiniBatch
 from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, CorrectionMode
+from outrider.trainer.flat import collate_flat, form_flat
 from outrider.trainer.model import Policy
 from outrider.trainer.packing import MicroBatch, collate, form_micro_batches, share_out
 from outrider.trainer.ranks import Ranks
@@ -23,7 +24,7 @@ class StepOutcome:
     """What a step's forward and backward passes showed. Shares and means are over the trained tokens.
 
     logprob_gap: mean |trainer - sampler|, of the trainer's policy before the first step on the batch. correction_mean:
-    mean weight of the rollout correction, 1 without one.
+    mean weight of the rollout correction, 1 without one. entropy: nats, None where it is not asked for.
     """
 
     loss: float = 0.0
@@ -35,6 +36,7 @@ class StepOutcome:
     logprob_gap: float = 0.0
     logprob_gap_max: float = 0.0
     correction_mean: float = 1.0
+    entropy: float | None = None
 
 
 @dataclass
@@ -65,10 +67,12 @@ class StepComputer:
         threshold: float,
         max_grad_norm: float,
         ranks: Ranks | None = None,
+        entropy: bool = False,
     ) -> None:
-        """reference: for the KL term, None without one. threshold: of the rollout correction."""
+        """reference: for the KL term, None without one. threshold: of the rollout correction. entropy: whether to tell
+        the mean entropy of the policy."""
         self.policy, self.reference, self.loss, self.batch = policy, reference, loss, batch
-        self.ranks = ranks or Ranks()
+        self.ranks, self.entropy = ranks or Ranks(), entropy
         self.correction, self.threshold, self.max_grad_norm = correction, threshold, max_grad_norm
 
     def prepare(self, mini_batches: Sequence[MiniBatch], clock: StepClock) -> list[StepWork]:
@@ -88,7 +92,7 @@ class StepComputer:
         same mini-batch. Every micro-batch is divided by the counts of the whole mini-batch, so that how rollouts are
         packed, and shared out over ranks, changes nothing but rounding."""
         # On the device until the end: a number that is read back after each micro-batch would hold up the next one.
-        sums = torch.zeros(7, dtype=torch.float64, device=self.policy.device)
+        sums = torch.zeros(8, dtype=torch.float64, device=self.policy.device)
         gap_max = torch.zeros((), device=self.policy.device)
         for number, rows in enumerate(work.rounds):
             micro = self._collate(work, rows, clock)
@@ -98,7 +102,7 @@ class StepComputer:
                 gap_max = torch.maximum(gap_max, largest)
         if not work.rounds:
             self._zero_gradient()
-        loss, clip_low, clip_high, kl, gap, corrected, tokens = self.ranks.sum(sums).tolist()
+        loss, clip_low, clip_high, kl, gap, corrected, entropy, tokens = self.ranks.sum(sums).tolist()
         gap_max = self.ranks.maximum(gap_max)
         trained = max(tokens, 1)
         return StepOutcome(
@@ -111,18 +115,20 @@ class StepComputer:
             logprob_gap=gap / trained,
             logprob_gap_max=float(gap_max),
             correction_mean=corrected / tokens if tokens else 1.0,
+            entropy=entropy / trained if self.entropy else None,
         )
 
     def _share(self, mini_batch: MiniBatch) -> list[list[list[int]] | None]:
         """This rank's micro-batches."""
-        config, sharing, samples = self.batch, self.policy.sharing, mini_batch.samples
-        formed = form_micro_batches(
-            samples, config.per_device_train_batch_size, config.max_tokens_per_micro_batch, sharing
-        )
+        config, policy, samples = self.batch, self.policy, mini_batch.samples
+        rollouts, max_tokens = config.per_device_train_batch_size, config.max_tokens_per_micro_batch
+        if policy.flat:
+            formed = form_flat(samples, rollouts, max_tokens, self.ranks.size)
+        else:
+            formed = form_micro_batches(samples, rollouts, max_tokens, policy.sharing)
         if self.ranks.size == 1:
             return [*formed]
-        break_even = sharing.break_even if sharing else math.inf
-        return share_out(formed, samples, self.ranks.size, break_even)[self.ranks.rank]
+        return share_out(formed, samples, self.ranks.size, policy.break_even)[self.ranks.rank]
 
     def _collate(self, work: StepWork, rows: list[list[int]] | None, clock: StepClock) -> MicroBatch:
         samples = work.mini_batch.samples
@@ -130,13 +136,20 @@ class StepComputer:
             # Who has nothing to do in a round computes something all the same: gathering weights and adding up
             # gradients is for all ranks.
             chosen = rows or [[min(range(len(samples)), key=lambda index: len(samples[index].completion))]]
-            return collate([[samples[index] for index in row] for row in chosen], self.policy.device)
+            found = [[samples[index] for index in row] for row in chosen]
+            if self.policy.flat:
+                return collate_flat([sample for row in found for sample in row], self.policy.device)
+            return collate(found, self.policy.device)
 
     def _backward(self, micro: MicroBatch, work: StepWork, number: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of round ``number``; where this rank has none in it: nothing. Returns its loss and the sums
-        over its tokens (clipped low, clipped high, KL, gap, correction) and their number as one tensor [7], and its
-        largest gap."""
-        logprobs = self.policy.logprobs(micro)
+        over its tokens (clipped low, clipped high, KL, gap, correction, entropy) and their number as one tensor [8],
+        and its largest gap."""
+        entropy = None
+        if self.entropy:
+            logprobs, entropy = self.policy.logprobs_and_entropy(micro)
+        else:
+            logprobs = self.policy.logprobs(micro)
         if number == len(work.old):
             # The first optimizer step on the batch: the policy before it is the policy now, and needs no second pass.
             work.old.append(logprobs.detach())
@@ -164,8 +177,9 @@ class StepComputer:
         )
         (out.loss * 0.0 if work.rounds[number] is None else out.loss).backward()
         gap = logprob_gap(old, micro.rollout_logprobs)
+        none = torch.zeros_like(out.kl_sum)
         sums = (out.loss.detach(), out.clip_low_sum, out.clip_high_sum, out.kl_sum, gap.abs_sum, weights.sum(),
-                torch.full_like(weights.sum(), len(micro.targets)))  # fmt: skip
+                none if entropy is None else entropy.sum(), none + len(micro.targets))  # fmt: skip
         return torch.stack([value.double() for value in sums]), gap.abs_max
 
     def _zero_gradient(self) -> None:

@@ -148,12 +148,12 @@ def test_collate_against_a_walk_over_all_tokens(rows: list[list[Sample]]) -> Non
         padding = wide - len(ids)
         assert micro.input_ids[at].tolist() == ids + [0] * padding
         assert micro.positions[at].tolist() == positions + [0] * padding
-        assert micro.part[at].tolist() == part + [PADDING] * padding
+        assert micro.layout.part[at].tolist() == part + [PADDING] * padding
     flat = (micro.where, micro.targets, micro.rollout_logprobs, micro.sequence)
     assert list(zip(*(tensor.tolist() for tensor in flat), strict=True)) == expected
     assert micro.advantages.tolist() == [one.advantage for one in samples]
     assert micro.rollouts == len(samples)
-    assert micro.shared == any(len(row) > 1 for row in rows)
+    assert micro.layout.shared == any(len(row) > 1 for row in rows)
 
 
 def test_what_predicts_a_token_is_the_place_before_it_in_its_own_rollout() -> None:
@@ -169,4 +169,4 @@ def test_a_rollout_without_trained_tokens_keeps_its_place() -> None:
     micro = one_a_row([sample([7], [8, 9], mask=[0, 0]), sample([7], [8])])
     assert micro.rollouts == 2
     assert micro.sequence.tolist() == [1]
-    assert np.array_equal(micro.part.numpy(), [[PROMPT, 1], [PROMPT, PADDING]])
+    assert np.array_equal(micro.layout.part.numpy(), [[PROMPT, 1], [PROMPT, PADDING]])

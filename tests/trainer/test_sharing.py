@@ -43,7 +43,7 @@ def test_shared_rows_have_the_logprobs_and_gradients_of_rows_of_their_own(random
         samples = short(samples, window)
     found = []
     for micro in (collate(pairs(samples), CPU), one_a_row(samples)):
-        assert micro.shared == (len(found) == 0)
+        assert micro.layout.shared == (len(found) == 0)
         policy.model.zero_grad()
         logprobs = policy.logprobs(micro)
         (logprobs * torch.linspace(-1.0, 1.0, len(logprobs))).sum().backward()
