@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import embedding
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,18 +19,36 @@ from transformers import (
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
 from outrider.trainer.config import ModelConfig
+from outrider.trainer.loading import fill, load_model, make_empty
 from outrider.trainer.logprobs import token_logprobs
 from outrider.trainer.packing import MicroBatch
+from outrider.trainer.ranks import Ranks
 from outrider.trainer.sharding import Whole, local, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
+
+
+class Found(msgspec.Struct):
+    """What rank 0 has found out about a model while it had all of it."""
+
+    problem: str = ""
+    sharing: Sharing | None = None
 
 
 class Policy:
     """A causal language model that gives log-probabilities of the trained tokens of a micro-batch."""
 
-    def __init__(self, config: ModelConfig, source: str, temperature: float, chunk: int, trainable: bool) -> None:
-        """source: directory or hub id of the weights. chunk: tokens projected onto the vocabulary at once.
-        Raises UserError when the model cannot be loaded, or is not of a kind whose logits we can reproduce."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: str,
+        temperature: float,
+        chunk: int,
+        trainable: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """source: directory or hub id of the weights. chunk: tokens projected onto the vocabulary at once. ranks: that
+        share the weights, None for this one alone; all of them call this. Raises UserError when the model cannot be
+        loaded, or is not of a kind whose logits we can reproduce."""
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
@@ -38,32 +56,56 @@ class Policy:
         compute = _compute_dtype(config, self.device)
         self._autocast = compute if compute != torch.float32 else None
         self.config = load_config(config, source)
-        try:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source,
-                # Optimizer steps are smaller than bfloat16 can add to a weight.
-                dtype=torch.float32 if trainable else compute,
-                attn_implementation=config.attn_impl,
-                trust_remote_code=config.trust_remote_code,
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--model {source}: cannot be loaded: {error}") from error
-        self.model.to(self.device)  # type: ignore[arg-type]
-        self.model.requires_grad_(trainable)
-        self.model.train(trainable)
-        _switch_off_dropout(self.model)
-        if trainable and config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._whole = Whole(self.model, self._logprobs)
-        self._check_projection(source)
+        # Optimizer steps are smaller than bfloat16 can add to a weight.
+        dtype = torch.float32 if trainable else compute
         #: How far rollouts of one prompt may share a row; what the policy can do, its reference can do as well.
         self.sharing: Sharing | None = None
+        self.model: PreTrainedModel
+        if ranks is None or ranks.mesh is None:
+            self._use(load_model(config, source, dtype).to(self.device), config, trainable)  # type: ignore[arg-type]
+            self._check(source, trainable)
+        else:
+            self._load_share(config, source, dtype, trainable, ranks, ranks.mesh)
+
+    def _use(self, model: PreTrainedModel, config: ModelConfig, trainable: bool) -> None:
+        self.model = model
+        model.requires_grad_(trainable)
+        model.train(trainable)
+        _switch_off_dropout(model)
+        if trainable and config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._whole = Whole(model, self._logprobs)
+
+    def _load_share(
+        self, config: ModelConfig, source: str, dtype: torch.dtype, trainable: bool, ranks: Ranks, mesh: DeviceMesh
+    ) -> None:
+        """This rank's rows of every parameter. Rank 0 has the model in host memory meanwhile, and checks it there."""
+        whole, found = None, Found()
+        if ranks.leads:
+            device, self.device = self.device, torch.device("cpu")
+            try:
+                whole = load_model(config, source, dtype)
+                self._use(whole, config, trainable)
+                self._check(source, trainable)
+                found.sharing = self.sharing
+            except UserError as error:
+                found.problem = str(error)
+            self.device = device
+        found = msgspec.json.decode(ranks.gather(msgspec.json.encode(found))[0], type=Found)
+        if found.problem and not ranks.leads:
+            raise SystemExit(2)  # rank 0 says it
+        if found.problem:
+            raise UserError(found.problem)
+        self.sharing = found.sharing
+        self._use(make_empty(config, self.config, dtype), config, trainable)
+        offload = config.fsdp_cpu_offload
+        shard(self._whole, mesh, self._autocast, offload)
+        fill(self.model, whole, ranks, self.device, offload)
+
+    def _check(self, source: str, trainable: bool) -> None:
+        self._check_projection(source)
         if trainable:
             self.sharing = find_sharing(self.config, self._attention, self._hidden, self.device)
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Keep this rank's share of every parameter alone. Before an optimizer is made of them."""
-        shard(self._whole, mesh, self._autocast)
 
     @property
     def fingerprint(self) -> str:
