@@ -30,7 +30,8 @@ class ModelConfig(Section):
         bool, option("Keep master weights, gradients and optimizer state in host memory, and take steps there")
     ] = False
     shard_across_nodes: Annotated[
-        bool, option("Shard the model over all nodes; false: each node has a copy, sharded over its own processes (HSDP)")
+        bool,
+        option("Shard the model over all nodes; false: each node shards a copy over its own processes (HSDP)"),
     ] = True
 
 

@@ -60,12 +60,13 @@ class Ranks:
                     f"--shard_across_nodes false: {self.size} processes are not {self.shards} on each node; give every "
                     "node as many (NPROC_PER_NODE)"
                 )
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if self.size > 1:
             patience = datetime.timedelta(seconds=COLLECTIVE)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+            dist.init_process_group(backend, timeout=patience)
             self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
         elif shard_alone:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if self.size > 1 or shard_alone:
             device, copies = "cuda" if on_gpu else "cpu", self.size // self.shards
             if copies > 1:
@@ -142,7 +143,7 @@ class Ranks:
         return value
 
     def has(self, name: str) -> bool:
-        """Whether something is there for :meth:`take`. Waiting there instead would keep other threads from the store."""
+        """Whether something is there for :meth:`take`, which would keep other threads from the store while it waits."""
         return dist.distributed_c10d._get_default_store().check([name])
 
     def see(self, name: str) -> str:

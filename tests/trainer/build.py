@@ -80,7 +80,11 @@ def one_a_row(samples: Sequence[Sample]) -> MicroBatch:
 
 
 def make_policy(
-    directory: Path, temperature: float = 1.0, chunk: int = 2048, trainable: bool = True, ranks: Ranks | None = None,
+    directory: Path,
+    temperature: float = 1.0,
+    chunk: int = 2048,
+    trainable: bool = True,
+    ranks: Ranks | None = None,
     **model: Any,
 ) -> Policy:
     """A policy on the CPU, whatever machine this is, so that its numbers can be compared closely."""

@@ -36,16 +36,18 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, offloa
     return {"outcomes": outcomes, "weights": weights}
 
 
-def main(model: str, output: str, kind: str, *variants: str) -> None:
-    """kind: ``shards``, ``copies`` (two, each on half of the ranks) or ``offload``."""
+def main(model: str, output: str, copies: str, *variants: str) -> None:
+    """copies: of the model, each on a part of the ranks as if that were a node."""
     torch.set_num_threads(1)
-    if kind == "copies":
-        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // 2)
-    ranks = Ranks(shard_across_nodes=kind != "copies", shard_alone=kind == "offload")
+    if int(copies) > 1:
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(copies))
+    ranks = Ranks(shard_across_nodes=copies == "1")
     found = {}
     for variant in variants:
-        beta, rows, budget = variant.split(",")
-        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget), kind == "offload")
+        beta, rows, budget, *offload = variant.split(",")
+        if offload and ranks.size == 1:
+            ranks = Ranks(shard_alone=True)
+        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget), bool(offload))
     if ranks.leads:
         torch.save(found, output)
     ranks.close()
