@@ -31,6 +31,13 @@ class ModelConfig(Section):
         bool | None, option("Compile the decoder blocks (default: on CUDA, where rollouts are not padded)")
     ] = None
     trust_remote_code: Annotated[bool, option("Run code that comes with the model")] = False
+    fsdp_cpu_offload: Annotated[
+        bool, option("Keep master weights, gradients and optimizer state in host memory, and take steps there")
+    ] = False
+    shard_across_nodes: Annotated[
+        bool,
+        option("Shard the model over all nodes; false: each node shards a copy over its own processes (HSDP)"),
+    ] = True
 
 
 class BatchConfig(Section):

@@ -7,12 +7,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from outrider.contract.lifetime import die_with_parent
+from outrider.trainer.checkpoint import checkpoint_path
 from outrider.trainer.clock import StepClock
-from outrider.trainer.orders import End, Gather, Load, Open, Publish, Step, Take, decode
+from outrider.trainer.directories import unfinished_path
+from outrider.trainer.orders import End, Gather, Load, Open, Publish, Save, Step, Take, decode
 from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.saving import gather
+from outrider.trainer.saving import RowWriter
 from outrider.trainer.spec import TrainerSpec
+from outrider.trainer.spool import gathered
 from outrider.trainer.step import StepWork
 from outrider.weights.publish import Publisher
 from outrider.weights.segment_server import own_address, serve_in_thread
@@ -24,6 +27,7 @@ class Follower:
     parts: Parts
     publisher: Publisher
     works: list[StepWork]
+    writer: RowWriter
 
     def __init__(self, spec: TrainerSpec, ranks: Ranks) -> None:
         self.spec, self.ranks = spec, ranks
@@ -40,7 +44,7 @@ class Follower:
                 match decode(self.ranks.hear()):
                     case Load(run_id=run_id, checkpoint=checkpoint):
                         self.run_id = run_id
-                        self.parts = load_parts(self.spec, self.ranks, None if checkpoint is None else Path(checkpoint))
+                        self._load(None if checkpoint is None else Path(checkpoint))
                     case Open() as order:
                         self._open(order)
                     case Take(mini_batches=mini_batches):
@@ -49,14 +53,24 @@ class Follower:
                         self.parts.set_learning_rate(rate)
                         self.parts.computer.gradients(self.works[number], StepClock())
                         self.publisher.wait()
+                        self.writer.wait_for_copy()
                         self.parts.optimizer.step()
                         self.parts.optimizer.zero_grad(set_to_none=True)
                     case Publish(version=version):
                         self.publisher.publish(version)
-                    case Gather(optimizer=optimizer):
-                        gather(self.parts.policy.model, self.parts.optimizer if optimizer else None, keep=False)
+                    case Save(step=step, number=number):
+                        path = checkpoint_path(Path(self.spec.run.output_dir), step)
+                        self.writer.begin_report(unfinished_path(path), number)
+                    case Gather():
+                        for _ in gathered(self.parts.policy.model):
+                            pass  # rank 0 keeps it
                     case End():
                         return 0
+
+    def _load(self, checkpoint: Path | None) -> None:
+        self.parts = load_parts(self.spec, self.ranks, checkpoint)
+        self.writer = RowWriter(self.parts.policy, self.parts.optimizer, self.ranks)
+        self.closers.callback(self.writer.close)
 
     def _open(self, order: Open) -> None:
         """Segments of this rank, served where rank 0's host does not."""
@@ -64,7 +78,9 @@ class Follower:
         if self.ranks.node > 0:
             url = self._serve(order)
         description = Description(self.ranks, self.run_id)
-        self.publisher = make_publisher(self.parts.policy, order.serving_dtype, self.run_id, url, description.give)
+        self.publisher = make_publisher(
+            self.parts.policy, order.serving_dtype, self.run_id, url, description.give, self.ranks.in_first_copy
+        )
         self.closers.callback(self.publisher.close)
 
     def _serve(self, order: Open) -> str:

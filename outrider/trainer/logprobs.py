@@ -37,9 +37,11 @@ def token_logprobs(
 
     hidden [tokens, hidden], targets int64 [tokens]. chunk: tokens whose logits exist at the same time.
     """
+    if torch.is_autocast_enabled(hidden.device.type):  # which the backward pass would know nothing of
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     logprobs, entropies = _Chunked.apply(
         hidden, head.weight, head.bias, targets, (head.softcap, temperature, chunk, entropy)
-    )  # type: ignore[no-untyped-call]
+    )
     return logprobs, entropies if entropy else None
 
 

@@ -1,16 +1,16 @@
 """The policy and its reference: Hugging Face models with float32 master weights."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import embedding
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,52 +20,119 @@ from transformers import (
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
 from outrider.trainer.config import ModelConfig
+from outrider.trainer.loading import fill, load_model, make_empty
 from outrider.trainer.logprobs import Head, token_logprobs
 from outrider.trainer.packing import Flat, MicroBatch, Rows
-from outrider.trainer.sharding import Whole, local, shard
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.sharding import Whole, blocks_of, local, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
-from outrider.trainer.varlen import bounds_of
+from outrider.trainer.varlen import VARLEN, bounds_of
+
+#: Tokens of a sequence at which variable-length attention costs as much as the linear layers, in hidden sizes: 6 by
+#: operations, and at about the speed of a matrix product.
+FLAT_BREAK_EVEN = 6.0
+
+
+class Found(msgspec.Struct):
+    """What rank 0 has found out about a model while it had all of it."""
+
+    problem: str = ""
+    sharing: Sharing | None = None
+    flat: bool = False
 
 
 class Policy:
     """A causal language model that gives log-probabilities of the trained tokens of a micro-batch."""
 
-    def __init__(self, config: ModelConfig, source: str, temperature: float, chunk: int, trainable: bool) -> None:
-        """source: directory or hub id of the weights. chunk: tokens projected onto the vocabulary at once.
-        Raises UserError when the model cannot be loaded, or is not of a kind whose logits we can reproduce."""
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: str,
+        temperature: float,
+        chunk: int,
+        trainable: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """source: directory or hub id of the weights. chunk: tokens projected onto the vocabulary at once. ranks: that
+        share the weights, None for this one alone; all of them call this. Raises UserError when the model cannot be
+        loaded, or is not of a kind whose logits we can reproduce."""
+        mesh = None if ranks is None else ranks.mesh
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.temperature, self.chunk = temperature, chunk
-        compute = _compute_dtype(config, self.device)
-        self._autocast = compute if compute != torch.float32 else None
+        compute = _compute_dtype(config, device)
+        self._autocast = compute if compute != torch.float32 and mesh is None else None
         self.config = load_config(config, source)
-        try:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source,
-                # Optimizer steps are smaller than bfloat16 can add to a weight.
-                dtype=torch.float32 if trainable else compute,
-                attn_implementation=config.attn_impl,
-                trust_remote_code=config.trust_remote_code,
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--model {source}: cannot be loaded: {error}") from error
-        self.model.to(self.device)  # type: ignore[arg-type]
-        self.model.requires_grad_(trainable)
-        self.model.train(trainable)
-        _switch_off_dropout(self.model)
-        if trainable and config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._whole = Whole(self.model, self._logprobs)
-        self._check_projection(source)
         #: How far rollouts of one prompt may share a row; what the policy can do, its reference can do as well.
         self.sharing: Sharing | None = None
-        if trainable:
+        #: Whether micro-batches are flat.
+        self.flat = False
+        self._may_be_flat = config.attn_impl == "varlen" or (
+            config.attn_impl is None and device.type == "cuda" and compute != torch.float32
+        )
+        self.model: PreTrainedModel
+        # Optimizer steps are smaller than bfloat16 can add to a weight.
+        dtype = torch.float32 if trainable else compute
+        # What the model can do is found out on the CPU, where there is a whole one.
+        self.device = torch.device("cpu")
+        if ranks is None or mesh is None:
+            self._use(load_model(config, source, dtype), config, trainable)
+            self._check(source, trainable)
+            self.model.to(device)
+        else:
+            whole = self._load_and_check(config, source, dtype, trainable, ranks)
+            self._use(make_empty(config, self.config, dtype), config, trainable)
+            shard(self._whole, mesh, compute if compute != torch.float32 else None, config.fsdp_cpu_offload)
+            fill(self.model, whole, ranks, device, config.fsdp_cpu_offload)
+        self.device = device
+        if self.flat:
+            self.model.set_attn_implementation(VARLEN)
+        if config.torch_compile if config.torch_compile is not None else self.flat and device.type == "cuda":
+            for block in blocks_of(self.model):
+                block.forward = torch.compile(block.forward, dynamic=True)
+
+    def _use(self, model: PreTrainedModel, config: ModelConfig, trainable: bool) -> None:
+        self.model = model
+        model.requires_grad_(trainable)
+        model.train(trainable)
+        _switch_off_dropout(model)
+        if trainable and config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._whole = Whole(model, self._logprobs)
+
+    def _load_and_check(
+        self, config: ModelConfig, source: str, dtype: torch.dtype, trainable: bool, ranks: Ranks
+    ) -> PreTrainedModel | None:
+        """The whole model on rank 0, in host memory; what it can do, on all of them."""
+        whole, found = None, Found()
+        if ranks.leads:
+            try:
+                whole = load_model(config, source, dtype)
+                self._use(whole, config, trainable)
+                self._check(source, trainable)
+                found.sharing, found.flat = self.sharing, self.flat
+            except UserError as error:
+                found.problem = str(error)
+        found = msgspec.json.decode(ranks.gather(msgspec.json.encode(found))[0], type=Found)
+        if found.problem and not ranks.leads:
+            raise SystemExit(2)  # rank 0 says it
+        if found.problem:
+            raise UserError(found.problem)
+        self.sharing, self.flat = found.sharing, found.flat
+        return whole
+
+    def _check(self, source: str, trainable: bool) -> None:
+        self._check_projection(source)
+        if self._may_be_flat:
+            self.flat = self._can_be_flat()
+        if trainable and not self.flat:
             self.sharing = find_sharing(self.config, self._attention, self._hidden, self.device)
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Keep this rank's share of every parameter alone. Before an optimizer is made of them."""
-        shard(self._whole, mesh, self._autocast)
+    @property
+    def break_even(self) -> float:
+        """Tokens of a sequence at which attention costs as much as the linear layers."""
+        if self.flat:
+            return FLAT_BREAK_EVEN * self.config.get_text_config().hidden_size
+        return self.sharing.break_even if self.sharing else math.inf
 
     @property
     def fingerprint(self) -> str:
@@ -145,6 +212,27 @@ class Policy:
                 f"--model {source}: {type(self.model).__name__} computes its logits in a way that this trainer does "
                 "not reproduce (they differ from hidden states times output embeddings); it cannot be trained here"
             )
+
+    @torch.no_grad()
+    def _can_be_flat(self) -> bool:
+        """Whether sequences one after the other have the hidden states that they have each in a row of its own."""
+        ids = torch.arange(1, 10) % self.config.get_text_config().vocab_size
+        parts = ids.split((3, 6))
+        with self._precision():
+            expected = torch.cat([self._hidden(part[None], torch.ones_like(part)[None], None)[0] for part in parts])
+            before = self._attention
+            self.model.set_attn_implementation(VARLEN)
+            positions = torch.cat([torch.arange(len(part)) for part in parts])[None]
+            try:
+                found = self._hidden(
+                    ids[None], None, positions, **bounds_of(torch.tensor([0, 3, 9], dtype=torch.int32), 6)
+                )[0]
+            except (ValueError, TypeError):
+                return False
+            finally:
+                self.model.set_attn_implementation(before)
+        tolerance = 1e-4 if found.dtype == torch.float32 else 0.03
+        return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def load_config(config: ModelConfig, source: str) -> PretrainedConfig:

@@ -43,16 +43,21 @@ class Publish(msgspec.Struct, tag="publish"):
     version: int
 
 
-class Gather(msgspec.Struct, tag="gather"):
-    """Bring the whole weights to rank 0, and the optimizer's state with them where a checkpoint needs it."""
+class Save(msgspec.Struct, tag="save"):
+    """Start to save the checkpoint after ``step``: copy and write one's own rows, and report under ``number``."""
 
-    optimizer: bool
+    step: int
+    number: int
+
+
+class Gather(msgspec.Struct, tag="gather"):
+    """Bring the whole weights to rank 0, tensor by tensor."""
 
 
 class End(msgspec.Struct, tag="end"):
     """The run has ended."""
 
 
-Order = Load | Open | Take | Step | Publish | Gather | End
+Order = Load | Open | Take | Step | Publish | Save | Gather | End
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Order).decode

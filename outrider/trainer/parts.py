@@ -8,11 +8,11 @@ import msgspec
 import torch
 
 from outrider.contract.manifest import DTypeName, Manifest, joined
-from outrider.trainer.checkpoint import load_optimizer
 from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import make_optimizer
 from outrider.trainer.plan import loss_spec
 from outrider.trainer.ranks import Ranks
+from outrider.trainer.rows import load_rows
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.step import StepComputer
 from outrider.weights.publish import Publisher
@@ -33,20 +33,15 @@ class Parts:
 
 
 def load_parts(spec: TrainerSpec, ranks: Ranks, checkpoint: Path | None) -> Parts:
-    """The model of --model, or what ``checkpoint`` holds, shared out over the ranks. Raises UserError."""
-    source = str(checkpoint) if checkpoint is not None else spec.model.model
+    """The model of --model, shared out over the ranks, with what ``checkpoint`` has of it. Raises UserError."""
     chunk = spec.loss.logprob_chunk_size
-    policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
-    if ranks.mesh is not None:
-        policy.shard(ranks.mesh)  # before the next model is loaded whole
+    policy = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=True, ranks=ranks)
     reference = None
     if spec.loss.beta > 0:
-        reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False)
-        if ranks.mesh is not None:
-            reference.shard(ranks.mesh)
+        reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False, ranks=ranks)
     optimizer = make_optimizer(policy.model, spec.optimizer)
     if checkpoint is not None:
-        load_optimizer(checkpoint, optimizer)
+        load_rows(checkpoint, policy.model, optimizer)
     computer = StepComputer(
         policy,
         reference,
@@ -76,7 +71,7 @@ class Description:
         """All ranks' rows. part: those of rank 0. Waits for the others; RuntimeError when they do not come."""
         others = [
             msgspec.json.decode(self._ranks.take(self._name(part.version, rank)), type=Manifest)
-            for rank in range(1, self._ranks.size)
+            for rank in range(1, self._ranks.shards)
         ]
         return joined([part, *others])
 
@@ -85,9 +80,16 @@ class Description:
 
 
 def make_publisher(
-    policy: Policy, dtype: DTypeName, run_id: str, segment_url: str | None, announce: Callable[[Manifest], None]
+    policy: Policy,
+    dtype: DTypeName,
+    run_id: str,
+    segment_url: str | None,
+    announce: Callable[[Manifest], None],
+    in_first_copy: bool = True,
 ) -> Publisher:
-    """Of this rank's rows."""
+    """Of this rank's rows. in_first_copy: without it there is nothing to publish, since others do."""
+    if not in_first_copy:
+        return Publisher({}, dtype, run_id, policy.fingerprint, None)
     return Publisher(
         policy.published_tensors(),
         dtype,

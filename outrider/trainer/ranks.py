@@ -32,8 +32,10 @@ def lost_connection(error: RuntimeError) -> str | None:
 class Ranks:
     """One process, or torchrun's: rank 0 leads, and the others do as they are told."""
 
-    def __init__(self) -> None:
-        """Join the group that torchrun has described in the environment, where there is one."""
+    def __init__(self, shard_across_nodes: bool = True, shard_alone: bool = False) -> None:
+        """Join the group that torchrun has described in the environment, where there is one. shard_across_nodes: all
+        ranks share one copy of the model; else each node has a copy. shard_alone: a single process has a mesh, too,
+        as it needs for mixed precision on a GPU and for offloading."""
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.node = int(os.environ.get("GROUP_RANK", "0"))
@@ -50,15 +52,37 @@ class Ranks:
         self.listening = self.size > 1
         self.mesh: DeviceMesh | None = None
         self._orders: Any = None
+        #: Ranks that share one copy of the model; with several copies, the first ranks have the first one.
+        self.shards = self.size
+        if not shard_across_nodes:
+            self.shards = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if self.size % self.shards:
+                raise UserError(
+                    f"--shard_across_nodes false: {self.size} processes are not {self.shards} on each node; give every "
+                    "node as many (NPROC_PER_NODE)"
+                )
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if self.size > 1:
             patience = datetime.timedelta(seconds=COLLECTIVE)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
-            self.mesh = init_device_mesh("cuda" if on_gpu else "cpu", (self.size,))
+            dist.init_process_group(backend, timeout=patience)
             self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
+        elif shard_alone:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if self.size > 1 or shard_alone:
+            device, copies = "cuda" if on_gpu else "cpu", self.size // self.shards
+            if copies > 1:
+                self.mesh = init_device_mesh(device, (copies, self.shards), mesh_dim_names=("copies", "shards"))
+            else:
+                self.mesh = init_device_mesh(device, (self.size,))
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def in_first_copy(self) -> bool:
+        """Whether this rank's rows are of the copy of the model that is published and saved."""
+        return self.rank < self.shards
 
     @contextlib.contextmanager
     def together(self, order: bytes) -> Iterator[None]:
@@ -119,6 +143,10 @@ class Ranks:
         dist.distributed_c10d._get_default_store().delete_key(name)
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether something is there for :meth:`take`, which would keep other threads from the store while it waits."""
+        return dist.distributed_c10d._get_default_store().check([name])
+
     def see(self, name: str) -> str:
         """What a rank has put there for several to see, waiting for it."""
         store = dist.distributed_c10d._get_default_store()
@@ -127,5 +155,5 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group."""
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()

@@ -19,9 +19,10 @@ from outrider.observe.metrics import MetricsWriter, read_metrics
 from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.reporters import Reporters, make_reporters
-from outrider.trainer.agreement import compare_settings
-from outrider.trainer.checkpoint import SaveFailed, find_checkpoint, load_state
+from outrider.trainer.agreement import check_directory, compare_settings
+from outrider.trainer.checkpoint import find_checkpoint, load_state
 from outrider.trainer.clock import StepClock
+from outrider.trainer.directories import SaveFailed
 from outrider.trainer.finish import finish_run
 from outrider.trainer.follower import Follower
 from outrider.trainer.interrupt import Interrupt
@@ -48,9 +49,10 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
     child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
     prepare(spec)
-    ranks = Ranks()
+    ranks = Ranks(spec.model.shard_across_nodes, shard_alone=spec.model.fsdp_cpu_offload or torch.cuda.is_available())
     try:
         compare_settings(ranks, spec.configuration)
+        check_directory(ranks, Path(spec.run.output_dir))
         if ranks.leads:
             status = Trainer(spec, Path(spec.run.output_dir), ranks).run(collector)
         else:

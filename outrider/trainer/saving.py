@@ -2,39 +2,156 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
 from outrider.trainer.checkpoint import (
-    Contents,
-    SaveFailed,
     TrainerState,
-    distinct_bytes,
-    gathered,
-    save_checkpoint,
-    write_directory,
+    checkpoint_path,
+    remove_older,
+    write_description,
     write_model,
+    write_state,
 )
 from outrider.trainer.config import RunConfig
+from outrider.trainer.directories import (
+    SaveFailed,
+    begin_directory,
+    finishing,
+    first_line,
+    tidy,
+    write_directory,
+)
 from outrider.trainer.model import Policy
-from outrider.trainer.orders import Gather, encode
+from outrider.trainer.orders import Gather, Save, encode
 from outrider.trainer.ranks import Ranks
+from outrider.trainer.rows import Share, model_tensors, optimizer_tensors, total_bytes
+from outrider.trainer.spool import Spool, gathered
 
 #: Seconds within which the last saves are tried again when they fail, on a full disk say, and between two tries.
 PATIENCE = 300.0
 RETRY = 5.0
+#: Seconds that other ranks may take longer than this one to write their rows, the same when the run is ending, and
+#: between two looks.
+OTHERS, FAREWELL, LOOK = 900.0, 10.0, 0.05
+
+
+class HostCopy:
+    """Copies of tensors in host memory, which is kept for the next ones; pinned beside a GPU."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[int, str], Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    @torch.no_grad()
+    def take(self, groups: Sequence[dict[str, Tensor]], ready: "torch.cuda.Event | None") -> list[dict[str, Tensor]]:
+        """Copy them, from a GPU on a stream of its own once ``ready`` has come. Raises RuntimeError, MemoryError."""
+        if ready is not None:
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_event(ready)
+        with torch.cuda.stream(self._stream):
+            copies = [
+                {name: self._copy((index, name), tensor, ready is not None) for name, tensor in group.items()}
+                for index, group in enumerate(groups)
+            ]
+        if self._stream is not None:
+            self._stream.synchronize()
+        return copies
+
+    def _copy(self, key: tuple[int, str], tensor: Tensor, pinned: bool) -> Tensor:
+        held = self._memory.get(key)
+        if held is None:  # a tensor has one shape as long as a run lives
+            held = self._memory[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return held.copy_(tensor, non_blocking=pinned)
+
+
+class RowWriter:
+    """Copies and writes this rank's rows on a thread, for one checkpoint at a time, while training goes on."""
+
+    def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        self.policy, self.optimizer = policy, optimizer
+        self._ranks = ranks
+        self._share = Share(ranks.rank % ranks.shards, ranks.shards)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", self._use_device)
+        self._memory = HostCopy()
+        self._ready: torch.cuda.Event | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+
+    def begin(self, work: Callable[[], None]) -> Future[None]:
+        """Do ``work`` on the thread. Weights and optimizer must not change until :meth:`wait_for_copy` returns, which
+        it does when ``work`` has copied what it needs, or has ended."""
+        self._copied.clear()
+        if self.policy.device.type == "cuda":
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(self.policy.device))
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                self._copied.set()
+
+        return self._thread.submit(run)
+
+    def begin_report(self, directory: Path, number: int) -> None:
+        """On any rank but the first: write the rows, and leave word for the first rank of how it went."""
+
+        def work() -> None:
+            problem = "it stopped writing"
+            try:
+                self.write(directory)
+                problem = ""
+            except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+                problem = first_line(error)
+            finally:
+                self._ranks.put(report_name(number, self._ranks.rank), problem)
+
+        if self._ranks.in_first_copy:
+            self.begin(work)
+
+    def write(self, directory: Path) -> None:
+        """On the thread: copy this rank's rows, then write them."""
+        weights = self._share.rows(model_tensors(self.policy.model))
+        moments = self._share.rows(optimizer_tensors(self.policy.model, self.optimizer))
+        weights.tensors, moments.tensors = self.copy(weights.tensors, moments.tensors)
+        self._share.write(directory, weights, moments)
+
+    def copy(self, *tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """On the thread: copies of the trainer's own memory, which may change from now on."""
+        copies = self._memory.take(tensors, self._ready)
+        self._copied.set()
+        return copies
+
+    def wait_for_copy(self) -> None:
+        """Return when what is being saved no longer needs the trainer's own memory."""
+        self._copied.wait()
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._thread.shutdown(wait=True)
+
+    def _use_device(self) -> None:
+        """A thread begins on the first GPU, and would make a context of CUDA there."""
+        if self.policy.device.type == "cuda":
+            torch.cuda.set_device(self.policy.device)
+
+
+def report_name(number: int, rank: int) -> str:
+    """Under which a rank says how its part of the checkpoint, the ``number``-th of this process, has gone."""
+    return f"saved/{number}/{rank}"
 
 
 class Saver:
-    """Writes checkpoints and the final model of one run. A periodic checkpoint is copied and written on a thread, one
-    at a time, while training goes on."""
+    """Saves checkpoints and the final model of one run; rank 0 has it. A periodic checkpoint is copied and written
+    on a thread, by every rank for itself, while training goes on."""
 
     def __init__(
         self,
@@ -48,34 +165,35 @@ class Saver:
         self.output_dir, self.policy, self.optimizer = output_dir, policy, optimizer
         self.tokenizer, self.config = tokenizer, config
         self._ranks = ranks
+        self._writer = RowWriter(policy, optimizer, ranks)
         self.saved_step = -1
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._number = 0
         self._writing: Future[None] | None = None
-        self._copied = threading.Event()
-        self._copied.set()
+        self._closing = threading.Event()
+        tidy(output_dir)
 
     def checkpoint(self, step: int, version: int, max_steps: int, seconds: float) -> None:
         """Save what a resumed run needs, and return when it is on disk. Raises SaveFailed."""
-        self._write(self._contents(step, version, max_steps, seconds))
+        self.begin_checkpoint(step, version, max_steps, seconds)
+        self.settle()
 
     def begin_checkpoint(self, step: int, version: int, max_steps: int, seconds: float) -> None:
         """Start to save it. Weights and optimizer must not change until :meth:`wait_for_copy` returns, and the next
         one must not begin before :meth:`settle`."""
-        contents = self._contents(step, version, max_steps, seconds)
-        self._copied.clear()
-
-        def run() -> None:
-            try:
-                copy = contents.copy() if self._ranks.size == 1 else contents
-            finally:
-                self._copied.set()
-            self._write(copy)
-
-        self._writing = self._thread.submit(run)
+        fingerprint = self.policy.fingerprint
+        state = TrainerState(
+            step=step, version=version, max_steps=max_steps, time=seconds, model_fingerprint=fingerprint
+        )
+        begin = self._begin_model if self.config.save_only_model else self._begin_rows
+        try:
+            self._writing = begin(checkpoint_path(self.output_dir, step), state)
+        except SaveFailed as failed:
+            self._writing = Future()
+            self._writing.set_exception(failed)
 
     def wait_for_copy(self) -> None:
         """Return when the checkpoint that is being saved no longer needs the trainer's own memory."""
-        self._copied.wait()
+        self._writer.wait_for_copy()
 
     @property
     def settled(self) -> bool:
@@ -89,8 +207,9 @@ class Saver:
             writing.result()
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._thread.shutdown(wait=True)
+        """Wait for what is being written, but not long for other ranks."""
+        self._closing.set()
+        self._writer.close()
 
     @property
     def exported(self) -> bool:
@@ -99,46 +218,78 @@ class Saver:
 
     def export(self) -> None:
         """Write ``final``, a Hugging Face directory. Raises SaveFailed."""
-        model, (weights, _) = self.policy.model, self._state(optimizer=False)
+        weights = model_tensors(self.policy.model) if self._ranks.size == 1 else self._gather()
 
         def write(directory: Path) -> None:
-            write_model(directory, model, self.tokenizer, weights)
+            write_model(directory, self.policy.model, self.tokenizer, weights)
 
-        write_directory(self.output_dir / "final", write, distinct_bytes(weights))
+        write_directory(self.output_dir / "final", write, total_bytes(weights.values()))
 
-    def _contents(self, step: int, version: int, max_steps: int, seconds: float) -> Contents:
-        weights, optimizer = self._state(optimizer=not self.config.save_only_model)
-        fingerprint = self.policy.fingerprint
-        state = TrainerState(
-            step=step, version=version, max_steps=max_steps, time=seconds, model_fingerprint=fingerprint
-        )
-        return Contents(
-            state=state,
-            model=self.policy.model,
-            tokenizer=self.tokenizer,
-            weights=weights,
-            optimizer=optimizer,
-        )
+    def _begin_rows(self, path: Path, state: TrainerState) -> Future[None]:
+        """A checkpoint of every rank's rows."""
+        model = self.policy.model
+        tensors = [*model_tensors(model).values(), *optimizer_tensors(model, self.optimizer).values()]
+        unfinished = begin_directory(path, total_bytes(tensors))
+        self._number += 1
+        number = self._number
 
-    def _state(self, optimizer: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """Weights and, if wanted, the optimizer's state: the trainer's own memory, or with several ranks copies of
-        what all of them hold."""
-        if self._ranks.size == 1:
-            return self.policy.model.state_dict(), self.optimizer.state_dict() if optimizer else None
-        with self._ranks.together(encode(Gather(optimizer))):
-            return gather(self.policy.model, self.optimizer if optimizer else None, keep=True)
+        def work() -> None:
+            with finishing(path):
+                try:
+                    self._writer.write(unfinished)
+                    write_description(unfinished, state, model, self.tokenizer)
+                finally:  # nobody else writes there when it is moved or removed
+                    problems = self._hear_others(number)
+                if problems:
+                    raise SaveFailed(f"{path}: {'; '.join(problems)}")
+            self._saved(state)
 
-    def _write(self, contents: Contents) -> None:
-        save_checkpoint(self.output_dir, contents, self.config.save_total_limit)
-        self.saved_step = contents.state.step
+        # All ranks copy what they have at this moment, and nobody waits for anybody.
+        with self._ranks.together(encode(Save(state.step, number))):
+            return self._writer.begin(work)
 
+    def _begin_model(self, path: Path, state: TrainerState) -> Future[None]:
+        """A Hugging Face directory."""
+        model = self.policy.model
+        weights = model_tensors(model) if self._ranks.size == 1 else self._gather()
 
-def gather(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, keep: bool
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Whole weights and optimizer state, for all ranks to call; only who keeps them has them then."""
-    weights = gathered(dict(model.state_dict(keep_vars=True)), keep)
-    return weights, None if optimizer is None else gathered(optimizer.state_dict(), keep)
+        def work() -> None:
+            copied = self._writer.copy(weights)[0] if self._ranks.size == 1 else weights
+
+            def write(directory: Path) -> None:
+                write_model(directory, model, self.tokenizer, copied)
+                write_state(directory, state)
+
+            write_directory(path, write, total_bytes(copied.values()))
+            self._saved(state)
+
+        return self._writer.begin(work)
+
+    def _gather(self) -> dict[str, Tensor]:
+        """Whole weights of all ranks. Raises SaveFailed."""
+        spool = Spool(self.output_dir, self.policy.model)
+        with self._ranks.together(encode(Gather())):
+            return spool.take(gathered(self.policy.model))
+
+    def _hear_others(self, number: int) -> list[str]:
+        """Wait for the other ranks to have written their rows; what they say that went wrong."""
+        problems: list[str] = []
+        until = time.monotonic() + OTHERS
+        for rank in range(1, self._ranks.shards):
+            name = report_name(number, rank)
+            while not self._ranks.has(name):
+                if self._closing.is_set():
+                    until = min(until, time.monotonic() + FAREWELL)
+                if time.monotonic() > until:
+                    return [*problems, f"rank {rank} has not written its rows"]
+                time.sleep(LOOK)
+            if problem := self._ranks.take(name):
+                problems.append(f"rank {rank}: {problem}")
+        return problems
+
+    def _saved(self, state: TrainerState) -> None:
+        remove_older(self.output_dir, self.config.save_total_limit)
+        self.saved_step = state.step
 
 
 def patiently(save: Callable[[], None], what: str, notice: Callable[[str], None], hurry: Callable[[], bool]) -> None:

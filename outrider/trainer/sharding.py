@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -18,30 +18,36 @@ class Whole(nn.Module):
     """A model whose forward pass is ``compute``, which uses every one of its parameters: FSDP gathers what a module
     needs when the module is called, and log-probabilities take the decoder and the projection apart."""
 
-    def __init__(self, model: PreTrainedModel, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, compute: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
         self.compute = compute
 
-    def forward(self, *arguments: Any) -> Tensor:
+    def forward(self, *arguments: Any) -> Any:
         return self.compute(*arguments)
 
 
-def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
-    """Block by block, then the rest. compute_dtype: in which parameters are gathered, None for their own. Gradients
-    are added up in float32, and not averaged: the loss is divided by the counts of all ranks already."""
+def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, offload: bool = False) -> None:
+    """Block by block, then the rest. mesh: one dimension, or copies x shards. compute_dtype: in which parameters are
+    gathered, None for their own. offload: shares, gradients and optimizer state stay in host memory. Gradients are
+    added up in float32, and not averaged: the loss is divided by the counts of all ranks already."""
+    keep = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    blocks = set(whole.model._no_split_modules or ())
-    for module in list(whole.model.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(whole, mesh=mesh, mp_policy=policy)
+    for block in blocks_of(whole.model):
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=keep)
+    fully_shard(whole, mesh=mesh, mp_policy=policy, offload_policy=keep)
     for module in whole.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if hasattr(module, "set_reduce_scatter_unused_params"):  # from PyTorch 2.12 on
                 module.set_reduce_scatter_unused_params(True)  # one rank's tokens may leave some unused, another's not
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's blocks, by what their model says must not be split over devices."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -54,8 +60,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_like(value: Tensor, pattern: Tensor) -> Tensor:
-    """``value``, which every rank holds whole, shared out as ``pattern`` is."""
-    if not isinstance(pattern, DTensor) or value.shape != pattern.shape:
-        return value
-    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+def share_of(size: int, parts: int, index: int) -> range:
+    """The rows of a parameter of ``size`` rows that FSDP gives to the rank that is ``index`` of ``parts``."""
+    rows = -(-size // parts)
+    return range(min(size, index * rows), min(size, (index + 1) * rows))

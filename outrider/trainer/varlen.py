@@ -56,10 +56,12 @@ def varlen_attention(
 def _on_cuda(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
-    grouped = {"enable_gqa": True} if "enable_gqa" in _PARAMETERS and query.shape[1] != key.shape[1] else {}
-    tokens = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    reach = (-1, 0) if window is None else (window - 1, 0)
-    return varlen_attn(*tokens, bounds, bounds, longest, longest, scale=scaling, window_size=reach, **grouped)[None]  # type: ignore[arg-type, index]
+    settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0) if window is None else (window - 1, 0)}
+    if "enable_gqa" in _PARAMETERS:
+        settings["enable_gqa"] = query.shape[1] != key.shape[1]
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    found: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **settings)
+    return found[None]
 
 
 def _one_by_one(

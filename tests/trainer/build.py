@@ -12,6 +12,7 @@ from outrider.contract.feed import MiniBatch, Sample
 from outrider.trainer.config import ModelConfig
 from outrider.trainer.model import Policy
 from outrider.trainer.packing import MicroBatch, collate
+from outrider.trainer.ranks import Ranks
 
 VOCABULARY = 99
 
@@ -76,11 +77,17 @@ def one_a_row(samples: Sequence[Sample]) -> MicroBatch:
 
 
 def make_policy(
-    directory: Path, temperature: float = 1.0, chunk: int = 2048, trainable: bool = True, **model: Any
+    directory: Path,
+    temperature: float = 1.0,
+    chunk: int = 2048,
+    trainable: bool = True,
+    ranks: Ranks | None = None,
+    **model: Any,
 ) -> Policy:
     """A policy on the CPU, whatever machine this is, so that its numbers can be compared closely."""
     available, torch.cuda.is_available = torch.cuda.is_available, lambda: False
     try:
-        return Policy(ModelConfig(model=str(directory), **model), str(directory), temperature, chunk, trainable)
+        config = ModelConfig(model=str(directory), **model)
+        return Policy(config, str(directory), temperature, chunk, trainable, ranks)
     finally:
         torch.cuda.is_available = available

@@ -1,5 +1,6 @@
 """One rank of a few optimizer steps on random rollouts; rank 0 writes what came of them."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,11 @@ from outrider.trainer.step import StepComputer
 from tests.trainer.build import batch_of, make_policy, random_samples
 
 
-def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int) -> dict[str, Any]:
+def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, offload: bool) -> dict[str, Any]:
     """Ten steps, the last six on two mini-batches of one batch, three times each: losses, norms, counts, divergences
     and gaps, and the weights after them."""
-    policy = make_policy(model)
-    reference = make_policy(model, trainable=False) if beta else None
-    if ranks.mesh is not None:
-        policy.shard(ranks.mesh)
-        if reference is not None:
-            reference.shard(ranks.mesh)
+    policy = make_policy(model, ranks=ranks, fsdp_cpu_offload=offload)
+    reference = make_policy(model, trainable=False, ranks=ranks, fsdp_cpu_offload=offload) if beta else None
     optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
     config = BatchConfig(per_device_train_batch_size=rows, max_tokens_per_micro_batch=budget or None)
     spec = LossSpec(loss_type="dapo", beta=beta, max_completion_length=16)
@@ -47,13 +44,18 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int) -> dic
     return {"outcomes": outcomes, "weights": weights}
 
 
-def main(model: str, output: str, *variants: str) -> None:
+def main(model: str, output: str, copies: str, *variants: str) -> None:
+    """copies: of the model, each on a part of the ranks as if that were a node."""
     torch.set_num_threads(1)
-    ranks = Ranks()
+    if int(copies) > 1:
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(copies))
+    ranks = Ranks(shard_across_nodes=copies == "1")
     found = {}
     for variant in variants:
-        beta, rows, budget = variant.split(",")
-        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget))
+        beta, rows, budget, *offload = variant.split(",")
+        if offload and ranks.size == 1:
+            ranks = Ranks(shard_alone=True)
+        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget), bool(offload))
     if ranks.leads:
         torch.save(found, output)
     ranks.close()

@@ -9,27 +9,22 @@ from typing import Any
 
 import msgspec
 import pytest
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from outrider.contract.errors import UserError
-from outrider.trainer.checkpoint import (
-    Contents,
-    SaveFailed,
-    TrainerState,
-    find_checkpoint,
-    list_checkpoints,
-    load_optimizer,
-    load_state,
-    save_checkpoint,
-    write_directory,
-    write_model,
-)
-from outrider.trainer.config import OptimizerConfig
+from outrider.trainer import rows, saving
+from outrider.trainer.checkpoint import TrainerState, find_checkpoint, list_checkpoints, load_state, write_model
+from outrider.trainer.config import OptimizerConfig, RunConfig
+from outrider.trainer.directories import SaveFailed, tidy, write_directory
 from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import make_optimizer
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.rows import load_rows, model_tensors, optimizer_tensors, total_bytes
+from outrider.trainer.saving import RowWriter, Saver
+from outrider.trainer.spool import Spool, gathered
 from tests.server.models import DEMO_MODEL, save_model
 from tests.trainer.build import make_policy, one_a_row, random_samples
 
@@ -64,24 +59,30 @@ def tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def contents(policy: Policy, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a checkpoint of a step holds."""
-
-    def of(step: int, only_model: bool = False) -> Contents:
-        kept = None if only_model else optimizer.state_dict()
-        return Contents(state_of(step, policy), policy.model, tokenizer, policy.model.state_dict(), kept)
-
-    return of
-
-
-@pytest.fixture
-def save(contents: Any, tmp_path: Path) -> Any:
+def save(policy: Policy, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Any:
     """Saves the checkpoint of a step in ``tmp_path``."""
 
     def run(step: int, keep: int | None = None, only_model: bool = False) -> Path:
-        return save_checkpoint(tmp_path, contents(step, only_model), keep)
+        config = RunConfig(save_total_limit=keep, save_only_model=only_model)
+        saver = Saver(tmp_path, policy, optimizer, tokenizer, config, Ranks())
+        try:
+            saver.checkpoint(step, 9, 1.5)
+        finally:
+            saver.close()
+        return tmp_path / f"checkpoint-{step}"
 
     return run
+
+
+def resumed(path: Path, model: Path) -> tuple[Policy, torch.optim.Optimizer]:
+    """What a run goes on with."""
+    policy = make_policy(model)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.zero_()
+    optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-2))
+    load_rows(path, policy.model, optimizer)
+    return policy, optimizer
 
 
 def names(directory: Path) -> list[str]:
@@ -89,30 +90,32 @@ def names(directory: Path) -> list[str]:
 
 
 def test_what_was_saved_is_what_is_loaded(
-    save: Any, policy: Policy, optimizer: torch.optim.Optimizer, tmp_path: Path
+    save: Any, policy: Policy, optimizer: torch.optim.Optimizer, model: Path, tmp_path: Path
 ) -> None:
     path = save(3)
     assert path == tmp_path / "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-3"]
     assert load_state(path, policy.fingerprint) == state_of(3, policy)
 
-    resumed = make_policy(path)
-    assert resumed.fingerprint == policy.fingerprint
-    for (name, found), expected in zip(resumed.model.named_parameters(), policy.model.parameters(), strict=True):
-        assert torch.equal(found, expected), name
-    other = make_optimizer(resumed.model, OptimizerConfig())
-    load_optimizer(path, other)
-    for found, expected in zip(other.state.values(), optimizer.state.values(), strict=True):
-        assert all(torch.equal(found[key], expected[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    found, other = resumed(path, model)
+    assert equal(model_tensors(found.model), model_tensors(policy.model))
+    assert equal(optimizer_tensors(found.model, other), optimizer_tensors(policy.model, optimizer))
 
 
-def test_a_resumed_optimizer_takes_the_same_step(save: Any, tmp_path: Path) -> None:
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_checkpoint_of_one_process_is_a_hugging_face_directory(save: Any, policy: Policy) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(save(3), dtype=torch.float32)
+    assert equal(model_tensors(loaded), model_tensors(policy.model))
+
+
+def test_a_resumed_optimizer_takes_the_same_step(save: Any, model: Path, tmp_path: Path) -> None:
     path = save(1)
     stepped = []
     for _ in range(2):
-        policy = make_policy(path)
-        optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-2))
-        load_optimizer(path, optimizer)
+        policy, optimizer = resumed(path, model)
         policy.logprobs(one_a_row(random_samples(3, seed=21))).sum().backward()
         optimizer.step()
         stepped.append([parameter.detach() for parameter in policy.model.parameters()])
@@ -122,7 +125,7 @@ def test_a_resumed_optimizer_takes_the_same_step(save: Any, tmp_path: Path) -> N
 def test_the_export_is_a_hugging_face_directory(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, model: Path, tmp_path: Path
 ) -> None:
-    final, weights = tmp_path / "final", policy.model.state_dict()
+    final, weights = tmp_path / "final", Spool(tmp_path, policy.model).take(gathered(policy.model))
     write_directory(final, lambda directory: write_model(directory, policy.model, tokenizer, weights), 0)
     loaded = AutoModelForCausalLM.from_pretrained(final)
     ids = torch.tensor([[5, 17, 40, 7]])
@@ -185,29 +188,55 @@ def test_auto_takes_the_newest_that_can_be_resumed(save: Any, tmp_path: Path) ->
     assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint-4"
 
 
+def test_checkpoints_of_the_former_format_are_refused(save: Any, tmp_path: Path) -> None:
+    path = save(4, only_model=True)
+    (path / "optimizer.pt").touch()
+    with pytest.raises(UserError, match=r"checkpoint-4 was saved by an earlier version, .* --model .*checkpoint-4"):
+        find_checkpoint("auto", tmp_path)
+
+
 def test_another_model_is_refused(save: Any) -> None:
     path = save(1)
     with pytest.raises(UserError, match=r"is of a model with fingerprint .*, --model has 1234"):
         load_state(path, "1234")
 
 
-def test_broken_files_are_named(save: Any, policy: Policy) -> None:
+def test_another_shape_is_refused(save: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint-1: model.embed_tokens.weight has the shape \[99, 64\] in"):
+        resumed(save(1), DEMO_MODEL)
+
+
+def test_broken_files_are_named(save: Any, policy: Policy, model: Path) -> None:
     path = save(1)
-    (path / "optimizer.pt").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(UserError, match=r"checkpoint .*checkpoint-1: optimizer.pt cannot be loaded"):
-        load_optimizer(path, make_optimizer(policy.model, OptimizerConfig()))
+    file = path / "optimizer" / "00001-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"checkpoint .*checkpoint-1: .*optimizer cannot be read"):
+        resumed(path, model)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-1: model.embed_tokens.weight has the shape of nothing"):
+        resumed(path, model)
     (path / "outrider_state.json").write_text('{"step": 1')
     with pytest.raises(UserError, match=r"outrider_state.json cannot be read"):
         load_state(path, policy.fingerprint)
 
 
+def test_what_a_killed_process_left_is_put_in_order(save: Any, tmp_path: Path) -> None:
+    path = save(1)
+    path.rename(tmp_path / "checkpoint-1.replaced")  # killed between two renames
+    (tmp_path / "checkpoint-1.unfinished").mkdir()
+    (tmp_path / "checkpoint-2.unfinished").mkdir()
+    tidy(tmp_path)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert find_checkpoint("auto", tmp_path) == path
+
+
 @pytest.mark.parametrize(
     ("module", "function", "error"),
     [
-        (torch, "save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-        (torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")),
+        (rows, "synchronize", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        (rows, "save_file", SafetensorError("Error while serializing: I/O error: No space left")),
+        (saving.HostCopy, "take", RuntimeError("[enforce fail at alloc_cpu.cpp:121] can't allocate memory")),
         (PreTrainedTokenizerBase, "save_pretrained", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-        (safetensors.torch, "serialize_file", SafetensorError("Error while serializing: I/O error: No space left")),
     ],
 )
 def test_a_failed_save_leaves_earlier_ones_and_nothing_half(
@@ -215,7 +244,7 @@ def test_a_failed_save_leaves_earlier_ones_and_nothing_half(
     error: Exception,
 ) -> None:  # fmt: skip
     save(1)
-    before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()}
+    before = contents(tmp_path / "checkpoint-1")
 
     def failing(*arguments: Any, **options: Any) -> None:
         raise error
@@ -226,9 +255,13 @@ def test_a_failed_save_leaves_earlier_ones_and_nothing_half(
             with pytest.raises(SaveFailed, match=f"checkpoint-{step}: .* MiB are free there"):
                 save(step, keep=1)
     assert names(tmp_path) == ["checkpoint-1"]
-    assert {path: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()} == before
+    assert contents(tmp_path / "checkpoint-1") == before
     save(2, keep=1)
     assert names(tmp_path) == ["checkpoint-2"]
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
@@ -240,55 +273,60 @@ def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_the_estimate_is_what_is_written(save: Any, contents: Any) -> None:
+def test_the_estimate_is_what_is_written(save: Any, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     path = save(1)
-    written = sum((path / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
-    assert written == pytest.approx(contents(1).nbytes, rel=0.1)
+    written = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    tensors = model_tensors(policy.model), optimizer_tensors(policy.model, optimizer)
+    assert written == pytest.approx(sum(total_bytes(group.values()) for group in tensors), rel=0.1)
 
 
-def test_a_copy_is_of_now_and_of_its_own(contents: Any, policy: Policy, tmp_path: Path) -> None:
-    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    moments = [state["exp_avg"].clone() for state in contents(1).optimizer["state"].values()]
-    copy = contents(1).copy()
+def test_a_copy_is_of_now_and_of_its_own(
+    policy: Policy, optimizer: torch.optim.Optimizer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    held = [*model_tensors(policy.model).values(), *optimizer_tensors(policy.model, optimizer).values()]
+    before = [tensor.clone() for tensor in held]
+    saver = Saver(tmp_path, policy, optimizer, tokenizer, RunConfig(), Ranks())
+    saver.begin_checkpoint(1, 9, 1.5)
+    saver.wait_for_copy()
     with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.add_(1.0)
-    for state in contents(1).optimizer["state"].values():
-        state["exp_avg"].add_(1.0)
-    path = save_checkpoint(tmp_path, copy, None)
-    saved = make_policy(path).model.state_dict()
-    assert all(torch.equal(saved[name], value) for name, value in before.items())
-    found = torch.load(path / "optimizer.pt", weights_only=True)["state"].values()
-    assert all(torch.equal(state["exp_avg"], value) for state, value in zip(found, moments, strict=True))
+        for tensor in held:
+            tensor.add_(1.0)
+    saver.close()
+    with torch.no_grad():
+        for tensor, value in zip(held, before, strict=True):
+            tensor.copy_(value)
+    path = tmp_path / "checkpoint-1"
+    saved = load_file(path / "model.safetensors") | load_file(path / "optimizer" / "00001-of-00001.safetensors")
+    found = [saved[name] for name in [*model_tensors(policy.model), *optimizer_tensors(policy.model, optimizer)]]
+    assert all(torch.equal(value, expected) for value, expected in zip(found, before, strict=True))
 
 
-def test_a_copy_keeps_tied_weights_tied(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_tied_weights_are_saved_once_and_stay_tied(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     policy = make_policy(DEMO_MODEL)
-    contents = Contents(state_of(1, policy), policy.model, tokenizer, policy.model.state_dict(), None)
-    copy = contents.copy()
-    assert copy.weights["lm_head.weight"] is copy.weights["model.embed_tokens.weight"]
-    assert copy.nbytes == contents.nbytes == sum(p.nbytes for p in policy.model.parameters())
-    plain = (save_checkpoint(tmp_path, contents, None) / "model.safetensors").read_bytes()
-    assert (save_checkpoint(tmp_path, copy, None) / "model.safetensors").read_bytes() == plain
-
-
-def test_no_memory_for_a_copy_is_a_failed_save(contents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*arguments: Any, **options: Any) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
-
-    held = contents(7)
-    monkeypatch.setattr(torch.Tensor, "to", failing)
-    with pytest.raises(SaveFailed, match=r"checkpoint-7: no memory for a copy: .*can't allocate memory"):
-        held.copy()
+    optimizer = make_optimizer(policy.model, OptimizerConfig())
+    assert total_bytes(model_tensors(policy.model).values()) == sum(p.nbytes for p in policy.model.parameters())
+    writer = RowWriter(policy, optimizer, Ranks())
+    writer.begin(lambda: writer.write(tmp_path)).result()
+    writer.close()
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    other = make_policy(DEMO_MODEL)
+    load_rows(tmp_path, other.model, make_optimizer(other.model, OptimizerConfig()))
+    assert other.model.lm_head.weight is other.model.model.embed_tokens.weight
 
 
 WRITES = """
 import resource, sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from outrider.trainer.checkpoint import Contents, SaveFailed, TrainerState, save_checkpoint
-from outrider.trainer.config import OptimizerConfig
+from outrider.trainer.config import OptimizerConfig, RunConfig
+from outrider.trainer.directories import SaveFailed
 from outrider.trainer.optimizer import make_optimizer
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.saving import Saver
+from outrider.trainer.ranks import Ranks
+from outrider.trainer.rows import load_rows, model_tensors, optimizer_tensors, total_bytes
+from outrider.trainer.saving import RowWriter, Saver
+from outrider.trainer.spool import Spool, gathered
 from tests.trainer.build import make_policy, one_a_row, random_samples
 
 model, directory, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -296,12 +334,10 @@ policy = make_policy(model)
 optimizer = make_optimizer(policy.model, OptimizerConfig())
 policy.logprobs(one_a_row(random_samples(2, seed=0))).sum().backward()
 optimizer.step()
-state = TrainerState(step=1, version=1, max_steps=1, time=0.0, model_fingerprint=policy.fingerprint)
-tokenizer = AutoTokenizer.from_pretrained(model)
-contents = Contents(state, policy.model, tokenizer, policy.model.state_dict(), optimizer.state_dict())
+saver = Saver(directory, policy, optimizer, AutoTokenizer.from_pretrained(model), RunConfig(), Ranks())
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    save_checkpoint(directory, contents, None)
+    saver.checkpoint(1, 1, 1, 0.0)
 except SaveFailed as error:
     print("refused:", error)
 """

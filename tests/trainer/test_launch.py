@@ -141,13 +141,13 @@ def test_ctrl_c_saves_what_there_is(server: Server, tmp_path: Path) -> None:
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "go on with the same command and --resume_from_checkpoint auto" in said
-    assert not ranks_left()
+    assert not ranks_left(tmp_path)
     assert not [path for pid in ranks.values() for path in segment_directory().glob(f"outrider-*-{pid}-*")]
 
 
-def ranks_left() -> list[int]:
-    """Ranks of this test's runs that are still there."""
+def ranks_left(directory: Path) -> list[int]:
+    """Ranks of a test's run that are still there."""
     return [
         int(path.name) for path in Path("/proc").iterdir()
-        if path.name.isdigit() and b"outrider.cli.main\0train" in (path / "cmdline").read_bytes()
+        if path.name.isdigit() and str(directory).encode() in (path / "cmdline").read_bytes()
     ]  # fmt: skip

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.server.models import save_model
@@ -12,35 +13,50 @@ from tests.server.models import save_model
 ROOT = Path(__file__).parents[2]
 
 
-#: beta, rollouts of a micro-batch, and a budget of tokens instead; by the number of processes.
+#: beta, rollouts of a micro-batch, and a budget of tokens instead, and whether weights are in host memory; by processes
+#: and copies of the model.
 VARIANTS = {
-    1: ("0,4,0", "0.1,4,0"),
-    2: ("0,4,0", "0,3,0", "0,4,64", "0.1,4,0"),
-    4: ("0,4,0", "0,1,0", "0.1,4,0"),
+    (1, 1): ("0,4,0", "0.1,4,0", "0.1,4,0,offload"),
+    (2, 1): ("0,4,0", "0,3,0", "0,4,64", "0.1,4,0", "0.1,4,0,offload"),
+    (4, 1): ("0,4,0", "0,1,0", "0.1,4,0"),
+    (4, 2): ("0.1,4,0",),
 }
 
 
-def trained(model: Path, directory: Path, processes: int) -> Any:
+def trained(model: Path, directory: Path, processes: int, copies: int) -> Any:
     """Outcomes and weights of ten steps, by variant."""
     output = directory / f"{processes}.pt"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         "-m", "tests.trainer.ranks_child", str(model), str(output), *VARIANTS[processes]],
+        [sys.executable, *(launcher if processes > 1 else ()),
+         "-m", "tests.trainer.ranks_child", str(model), str(output), str(copies), *VARIANTS[processes, copies]],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     return torch.load(output)
 
 
-def test_the_number_of_processes_changes_nothing_but_rounding(tmp_path: Path) -> None:
-    """Nor do packing and the size of micro-batches: ten steps, losses, norms, counts and weights."""
-    model = save_model("qwen3", tmp_path / "model")
-    alone = trained(model, tmp_path, 1)
-    for processes in (2, 4):
-        for variant, found in trained(model, tmp_path, processes).items():
-            expected = alone[variant.split(",")[0] + ",4,0"]
-            outcomes, others = torch.tensor(found["outcomes"]), torch.tensor(expected["outcomes"])
-            torch.testing.assert_close(outcomes, others, rtol=1e-3, atol=1e-4)
-            assert torch.equal(outcomes[:, 2], others[:, 2])
-            for name, weight in expected["weights"].items():
-                torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-4)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("qwen3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return trained(model, tmp_path_factory.mktemp("alone"), 1, 1)
+
+
+@pytest.mark.parametrize(("processes", "copies"), list(VARIANTS))
+def test_the_number_of_processes_changes_nothing_but_rounding(
+    model: Path, alone: Any, tmp_path: Path, processes: int, copies: int
+) -> None:
+    """Nor do packing, the size of micro-batches, copies of the model and offloading: ten steps, losses, norms, counts
+    and weights."""
+    variants = alone if processes == 1 else trained(model, tmp_path, processes, copies)
+    for variant, found in variants.items():
+        expected = alone[variant.split(",")[0] + ",4,0"]
+        outcomes, others = torch.tensor(found["outcomes"]), torch.tensor(expected["outcomes"])
+        torch.testing.assert_close(outcomes, others, rtol=1e-3, atol=1e-4)
+        assert torch.equal(outcomes[:, 2], others[:, 2])
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-4)

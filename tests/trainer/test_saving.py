@@ -11,11 +11,12 @@ from transformers import AutoTokenizer
 
 from outrider.contract.errors import UserError
 from outrider.trainer import saving
-from outrider.trainer.checkpoint import Contents, SaveFailed
 from outrider.trainer.config import OptimizerConfig, RunConfig
+from outrider.trainer.directories import SaveFailed
 from outrider.trainer.optimizer import make_optimizer
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.saving import Saver, patiently
+from outrider.trainer.rows import Share
+from outrider.trainer.saving import HostCopy, Saver, patiently
 from tests.server.models import DEMO_MODEL
 from tests.trainer.build import make_policy
 
@@ -51,7 +52,7 @@ def first_weight(saver: Saver) -> torch.Tensor:
 def test_training_goes_on_while_a_checkpoint_is_written(
     saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch, saving, "save_checkpoint")
+    gate = Gate(monkeypatch, Share, "write")
     before = first_weight(saver).detach().clone()
     saver.begin_checkpoint(4, 4, 9, 1.0)
     saver.wait_for_copy()
@@ -71,7 +72,7 @@ def first_weight_of(directory: Path) -> torch.Tensor:
 
 
 def test_the_optimizer_waits_for_the_copy_and_for_nothing_else(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, Contents, "copy")
+    gate = Gate(monkeypatch, HostCopy, "take")
     saver.begin_checkpoint(4, 4, 9, 1.0)
     assert gate.reached.wait(20)
     waiting = threading.Thread(target=saver.wait_for_copy)
@@ -92,7 +93,7 @@ def test_a_failure_is_told_once_and_the_next_checkpoint_is_saved(
         raise SaveFailed("checkpoint-1: no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(*((Contents, "copy") if culprit == "copy" else (saving, "save_checkpoint")), failing)
+        patched.setattr(*((HostCopy, "take") if culprit == "copy" else (Share, "write")), failing)
         saver.begin_checkpoint(1, 1, 9, 1.0)
         saver.wait_for_copy()
         with pytest.raises(SaveFailed, match="no room"):
@@ -105,7 +106,7 @@ def test_a_failure_is_told_once_and_the_next_checkpoint_is_saved(
 
 
 def test_closing_waits_for_what_is_being_written(saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, saving, "save_checkpoint")
+    gate = Gate(monkeypatch, Share, "write")
     saver.begin_checkpoint(3, 3, 9, 1.0)
     closing = threading.Thread(target=saver.close)
     closing.start()
@@ -113,7 +114,7 @@ def test_closing_waits_for_what_is_being_written(saver: Saver, tmp_path: Path, m
     assert closing.is_alive()
     gate.open.set()
     closing.join(20)
-    assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
+    assert (tmp_path / "checkpoint-3" / "optimizer" / "00001-of-00001.safetensors").exists()
 
 
 def test_the_last_saves_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
