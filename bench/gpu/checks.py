@@ -1,6 +1,6 @@
 """What has to hold on GPUs and is no matter of speed, on two of them, against servers with vLLM.
 
-    python bench/gpu/checks.py OUT.json
+    python bench/gpu/checks.py OUT.json [--only CHECK ...] [--after PID]
 
 Tensor parallel, data parallel, and weights staged in host memory: each server starts with one set of weights,
 generates, takes another one, and then answers greedily as a server does that was started from it, token for token, on
@@ -9,6 +9,7 @@ A small trained model: how far the sampler's log-probabilities are from those of
 trainer: with vLLM's own server and weights by NCCL, and with two ranks.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -27,7 +28,7 @@ import msgspec
 import torch
 from gap import ask, gap
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
-from vllm_servers import Side, server
+from vllm_servers import Side, server, until_ended
 
 import outrider.demo
 from outrider.contract import routes
@@ -39,12 +40,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from updates import KEY, call, staged_update
 
 DEMO = Path(outrider.demo.__file__).parent / "model"
+CHECKS = ["tp2", "dp2", "host_staging", "gap", "two_ranks", "nccl"]
 NEW_TOKENS = 48
 PROMPTS = [[5, 6 + number % 3, 7 + number] for number in range(16)]
 ON_GPU = torch.cuda.is_available()
 
 
-def main(out: Path) -> None:
+def main(out: Path, only: list[str], after: int | None) -> None:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name() if ON_GPU else "cpu", "torch": torch.__version__}
     # The check for free memory at the start counts what the other servers have.
     small = {"kv_cache_memory_bytes": 2**28}
@@ -59,15 +61,17 @@ def main(out: Path) -> None:
         def start(label: str, model: Path, *more: str, gpus: str = "0,1") -> Side:
             return stack.enter_context(server(label, model, directory, *flags, *more, ours=True, gpus=gpus))
 
-        sides = {
-            "tp2": (start("tp2", old, "--tensor_parallel_size", "2"),
-                    start("tp2_fresh", new, "--tensor_parallel_size", "2")),
-            "dp2": (start("dp2", old, "--data_parallel_size", "2"), fresh := start("fresh", new, gpus="1")),
-            "host_staging": (start("host", old, "--weight_staging", "host", gpus="1"), fresh),
-        }  # fmt: skip
+        sides: dict[str, tuple[Side, Side]] = {}
+        if "tp2" in only:
+            tp2 = start("tp2", old, "--tensor_parallel_size", "2")
+            sides["tp2"] = (tp2, start("tp2_fresh", new, "--tensor_parallel_size", "2"))
+        if {"dp2", "host_staging"} & {*only}:
+            fresh = start("fresh", new, gpus="1")
+            sides["dp2"] = (start("dp2", old, "--data_parallel_size", "2"), fresh)
+            sides["host_staging"] = (start("host", old, "--weight_staging", "host", gpus="1"), fresh)
         demo = start("demo", DEMO, gpus="1")
         stock = None
-        if ON_GPU:
+        if ON_GPU and "nccl" in only:
             stock = stack.enter_context(
                 server("stock", DEMO, directory, "--weight-transfer-config", '{"backend":"nccl"}', "--logprobs-mode",
                        "processed_logprobs", "--kv-cache-memory-bytes", str(2**31),
@@ -85,10 +89,13 @@ def main(out: Path) -> None:
             print(label, result[label], flush=True)
             out.write_text(json.dumps(result, indent=1))
 
+        until_ended(after)
         for label, (side, other) in sides.items():
             note(label, lambda side=side, other=other: updated(side, other, new))
-        note("gap_of_a_trained_model", lambda: trained_gap(demo))
-        note("two_ranks", lambda: trained(directory / "two", demo.port, ranks=2))
+        if "gap" in only:
+            note("gap_of_a_trained_model", lambda: trained_gap(demo))
+        if "two_ranks" in only:
+            note("two_ranks", lambda: trained(directory / "two", demo.port, ranks=2))
         if stock is not None:
             note("nccl", lambda: nccl(directory / "nccl", stock))
     print(json.dumps(result))
@@ -166,7 +173,7 @@ def trained(directory: Path, port: int, ranks: int, *more: str, gpus: str = "0,1
     write_jsonl(directory / "heldout.jsonl", problems("heldout", 200, 0))
     flags: dict[str, object] = {
         "model": DEMO, "vllm_server_port": port, "vllm_server_api_key": KEY, "dataset": directory / "train.jsonl",
-        "val_dataset": directory / "heldout.jsonl", "reward_funcs": "accuracy", "num_generations": 8,
+        "val_dataset": directory / "heldout.jsonl", "reward_funcs": "exact_match", "num_generations": 8,
         "per_device_train_batch_size": 128 // ranks, "max_completion_length": 8, "temperature": 1.0, "beta": 0,
         "max_staleness": 1, "learning_rate": 5e-4, "lr_scheduler_type": "constant", "max_steps": 20, "save_steps": 10,
         "output_dir": directory / "run", "vllm_server_timeout": 120,
@@ -202,4 +209,9 @@ def nccl(directory: Path, side: Side) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="+", default=CHECKS, choices=CHECKS)
+    parser.add_argument("--after", type=int, help="process that is to end before anything is checked")
+    given = parser.parse_args()
+    main(given.out, given.only, given.after)

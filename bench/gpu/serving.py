@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from vllm_servers import Side, load, save_shape, server
+from vllm_servers import Side, load, save_shape, server, until_ended
 
 RUNNING, REQUESTS, NEW_TOKENS, TURNS = 512, 1024, 256, 3
 #: Of a server that is to hold all sequences: tokens of 28 layers, 8 heads of 128, keys and values, 2 bytes.
@@ -58,8 +58,7 @@ def main(out: Path, profile: bool, after: int | None) -> None:
         for side in sides.values():
             side.wait()
             print(side.name, "ready", flush=True)
-        while after is not None and Path(f"/proc/{after}/cmdline").exists():
-            time.sleep(0.5)
+        until_ended(after)
         speeds: dict[str, list[float]] = {label: [] for label in sides}
         for turn in range(TURNS + 1):
             for label, side in sides.items():

@@ -121,6 +121,12 @@ def server(
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def until_ended(process: int | None) -> None:
+    """Wait for a process that uses the GPUs, so that servers can start beside it and are measured after it."""
+    while process is not None and Path(f"/proc/{process}/cmdline").exists():
+        time.sleep(0.5)
+
+
 def free_port() -> int:
     """Of this host."""
     with socket.socket() as probe:

@@ -1,7 +1,7 @@
 """A weight update from a trainer on one GPU to a vLLM server on another that generates 256 sequences: who waits, and
 for how long; beside it vLLM's own transfer over NCCL, to the same server, in the same run.
 
-    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 8]
+    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 8] [--after PID]
 
 generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
 generation_late_ms: by how much all tokens after it are late; commit_gpu_ms: what the copy takes on the GPU.
@@ -37,7 +37,7 @@ from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from updates import Load, Window, call, staged_update, stalls
-from vllm_servers import Side, free_port, prompts, save_shape, server
+from vllm_servers import Side, free_port, prompts, save_shape, server, until_ended
 
 RUNNING, STREAMS = 256, 8
 
@@ -149,7 +149,7 @@ def gap_to_trainer(side: Side, model: Path, tensors: dict[str, torch.Tensor]) ->
 
 
 #: By shape: bytes of the cache, so that servers of both shapes fit on a GPU of 80 GB.
-CACHES = {"8B": 20 * 10**9, "0.6B": 14 * 10**9}
+CACHES = {"8B": 17 * 10**9, "0.6B": 12 * 10**9}
 
 
 def main() -> None:
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="+", default=["8B", "0.6B"])
     parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--after", type=int, help="process that is to end before anything is measured")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -174,6 +175,8 @@ def main() -> None:
             )  # fmt: skip
         for side in sides.values():
             side.wait()
+            print(side.name, "ready", flush=True)
+        until_ended(arguments.after)
         for shape, side in sides.items():
             results[shape] = measure(side, models[shape], shape, arguments)
             arguments.out.write_text(json.dumps(results, indent=1))
@@ -195,7 +198,7 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
     training = Training(publisher)
     training.start()
     with Load(side.url, str(side.model), RUNNING, STREAMS, 3000, others=(200, 1000)) as load:
-        time.sleep(10)
+        time.sleep(8)
         figures = update(side, tensors, training, arguments)
         time.sleep(3)  # of tokens after the last update
     raw = {"arrivals": load.arrivals, "ours": figures.ours, "native": figures.native}
