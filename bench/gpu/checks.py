@@ -51,7 +51,7 @@ def main(out: Path, only: list[str], after: int | None) -> None:
     # The check for free memory at the start counts what the other servers have.
     small = {"kv_cache_memory_bytes": 2**28}
     if ON_GPU:
-        small = {"kv_cache_memory_bytes": 2**31, "gpu_memory_utilization": 0.05}
+        small = {"kv_cache_memory_bytes": 2**29, "gpu_memory_utilization": 0.05}
     flags = ["--engine_kwargs", json.dumps(small), "--engines_per_device", "1", "--enforce_eager", "true",
              "--max_model_len", "256", "--max_num_seqs", "64"]  # fmt: skip
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ def main(out: Path, only: list[str], after: int | None) -> None:
         if ON_GPU and "nccl" in only:
             stock = stack.enter_context(
                 server("stock", DEMO, directory, "--weight-transfer-config", '{"backend":"nccl"}', "--logprobs-mode",
-                       "processed_logprobs", "--kv-cache-memory-bytes", str(2**31),
+                       "processed_logprobs", "--kv-cache-memory-bytes", str(2**29),
                        "--gpu-memory-utilization", "0.05", "--enforce-eager",
                        "--max-model-len", "256", "--api-key", KEY,
                        ours=False, gpus="1", environment={"VLLM_SERVER_DEV_MODE": "1"})

@@ -98,6 +98,7 @@ def server(
     environment: dict[str, str] | None = None,
 ) -> Iterator[Side]:
     """Start one, not yet ready; ended with the block."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends as well
     port = free_port()
     if ours:
         command = [sys.executable, "-m", "outrider.cli.main", "rollout", "--engine", "vllm", "--drain_timeout", "0"]

@@ -1,7 +1,7 @@
 """A weight update from a trainer on one GPU to a vLLM server on another that generates 256 sequences: who waits, and
 for how long; beside it vLLM's own transfer over NCCL, to the same server, in the same run.
 
-    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 8] [--after PID]
+    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 6] [--after PID]
 
 generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
 generation_late_ms: by how much all tokens after it are late; commit_gpu_ms: what the copy takes on the GPU.
@@ -149,14 +149,14 @@ def gap_to_trainer(side: Side, model: Path, tensors: dict[str, torch.Tensor]) ->
 
 
 #: By shape: bytes of the cache, so that servers of both shapes fit on a GPU of 80 GB.
-CACHES = {"8B": 17 * 10**9, "0.6B": 12 * 10**9}
+CACHES = {"8B": 15 * 10**9, "0.6B": 11 * 10**9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="+", default=["8B", "0.6B"])
-    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--after", type=int, help="process that is to end before anything is measured")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
@@ -197,7 +197,7 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
     publisher = Publisher(tensors, "bfloat16", uuid.uuid4().hex[:12], info.model_fingerprint, None)
     training = Training(publisher)
     training.start()
-    with Load(side.url, str(side.model), RUNNING, STREAMS, 3000, others=(200, 1000)) as load:
+    with Load(side.url, str(side.model), RUNNING, STREAMS, 3000, others=(100, 500)) as load:
         time.sleep(8)
         figures = update(side, tensors, training, arguments)
         time.sleep(3)  # of tokens after the last update

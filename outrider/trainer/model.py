@@ -88,7 +88,7 @@ class Policy:
             self.model.set_attn_implementation(VARLEN)
         if config.torch_compile if config.torch_compile is not None else self.flat and device.type == "cuda":
             for block in blocks_of(self.model):
-                block.forward = torch.compile(block.forward, dynamic=True)
+                block.forward = torch.compile(block.forward)
 
     def _use(self, model: PreTrainedModel, config: ModelConfig, trainable: bool) -> None:
         self.model = model

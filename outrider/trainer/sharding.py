@@ -47,7 +47,8 @@ def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, off
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's blocks, by what their model says must not be split over devices."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    # Not by the name of the class alone: FSDP has put a class of its own in its place.
+    return [module for module in model.modules() if names & {base.__name__ for base in type(module).__mro__}]
 
 
 def local(tensor: Tensor) -> Tensor:

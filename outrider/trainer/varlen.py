@@ -50,7 +50,7 @@ def varlen_attention(
         raise ValueError("masks, caps and sinks are not for this attention")
     if query.is_cuda:
         return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _one_by_one(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
 
 
 def _on_cuda(
@@ -58,17 +58,18 @@ def _on_cuda(
 ) -> Tensor:
     settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0) if window is None else (window - 1, 0)}
     if "enable_gqa" in _PARAMETERS:
-        settings["enable_gqa"] = query.shape[1] != key.shape[1]
+        settings["enable_gqa"] = bool(query.shape[1] != key.shape[1])
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     found: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **settings)
     return found[None]
 
 
+@torch.compiler.disable
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     parts = []
-    for start, end in itertools.pairwise(bounds):
+    for start, end in itertools.pairwise(bounds.tolist()):
         span = slice(start, end)
         mask = None
         if window is not None and end - start > window:
