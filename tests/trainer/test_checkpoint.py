@@ -202,9 +202,7 @@ def test_another_model_is_refused(save: Any) -> None:
 
 
 def test_another_shape_is_refused(save: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"checkpoint-1: model.embed_tokens.weight has the shape \[99, 64\] in"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint-1: model.embed_tokens.weight has the shape \[99, 64\] in"):
         resumed(save(1), DEMO_MODEL)
 
 
