@@ -162,16 +162,17 @@ def main() -> None:
             found = json.loads(done.stdout.strip().splitlines()[-1])
             without, saving = (statistics.median(found[kind]) / options.window for kind in ("without", "with"))
             cost = saving / without - 1.0
+            lost = (saving - without) * options.window * 1e3
             waited, whole = statistics.median(found["waited"]), statistics.median(found["save"])
             table.add_row(
-                str(processes), f"{without * 1e3:.1f} ms", f"{saving * 1e3:.1f} ms", f"{cost:+.2%}", f"{(saving - without) * options.window * 1e3:.0f} ms",
+                str(processes), f"{without * 1e3:.1f} ms", f"{saving * 1e3:.1f} ms", f"{cost:+.2%}", f"{lost:.0f} ms",
                 f"{waited * 1e3:.1f} ms", f"{whole:.2f} s",
             )  # fmt: skip
             summary[f"processes_{processes}"] = {
                 "step_ms": round(without * 1e3, 2),
                 "step_with_saves_ms": round(saving * 1e3, 2),
                 "saving_cost": round(cost, 4),
-                "lost_ms_per_save": round((saving - without) * options.window * 1e3, 1),
+                "lost_ms_per_save": round(lost, 1),
                 "copy_wait_ms": round(waited * 1e3, 2),
                 "save_seconds": round(whole, 3),
             }
