@@ -218,7 +218,7 @@ class Saver:
 
     def export(self) -> None:
         """Write ``final``, a Hugging Face directory. Raises SaveFailed."""
-        weights = model_tensors(self.policy.model) if self._ranks.size == 1 else self._gather()
+        weights = model_tensors(self.policy.model) if self._ranks.mesh is None else self._gather()
 
         def write(directory: Path) -> None:
             write_model(directory, self.policy.model, self.tokenizer, weights)
@@ -251,10 +251,10 @@ class Saver:
     def _begin_model(self, path: Path, state: TrainerState) -> Future[None]:
         """A Hugging Face directory."""
         model = self.policy.model
-        weights = model_tensors(model) if self._ranks.size == 1 else self._gather()
+        weights = model_tensors(model) if self._ranks.mesh is None else self._gather()
 
         def work() -> None:
-            copied = self._writer.copy(weights)[0] if self._ranks.size == 1 else weights
+            copied = self._writer.copy(weights)[0] if self._ranks.mesh is None else weights
 
             def write(directory: Path) -> None:
                 write_model(directory, model, self.tokenizer, copied)

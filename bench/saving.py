@@ -1,0 +1,184 @@
+"""What periodic checkpoints cost of the time of steps, with one trainer process and with two.
+
+    python bench/saving.py [--processes 1 2] [--window 20] [--rounds 4] [--rollouts 32] [--tokens 64]
+
+A trainer of 4.8 million parameters takes steps on random rollouts, without servers. In windows of so many steps, in
+turn one without and one whose first step is followed by a checkpoint, which is copied and written while the others run:
+so both kinds meet the same machine. The cost is that of checkpoints a window apart; what one save loses is given too,
+for other distances. Every rank has one thread. Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from models import save_bench_model
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve()
+WARM_UP = 3
+
+
+def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
+    """One rank of the trainer; rank 0 prints the seconds of the windows as JSON: without, with, until a copy was made,
+    and from the beginning of a save to its end."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from outrider.algorithm.losses import LossSpec
+    from outrider.contract.arrays import pack_floats, pack_ints
+    from outrider.contract.feed import Batch, BatchStats, Sample
+    from outrider.trainer.checkpoint import checkpoint_path
+    from outrider.trainer.clock import StepClock
+    from outrider.trainer.config import BatchConfig, ModelConfig, OptimizerConfig, RunConfig
+    from outrider.trainer.directories import unfinished_path
+    from outrider.trainer.model import Policy
+    from outrider.trainer.optimizer import make_optimizer
+    from outrider.trainer.orders import Save, decode
+    from outrider.trainer.ranks import Ranks
+    from outrider.trainer.saving import RowWriter, Saver
+    from outrider.trainer.step import StepComputer
+
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    policy = Policy(ModelConfig(model=str(model)), str(model), 1.0, 2048, trainable=True, ranks=ranks)
+    optimizer = make_optimizer(policy.model, OptimizerConfig())
+    config = BatchConfig(per_device_train_batch_size=8)
+    loss = LossSpec(loss_type="dapo", beta=0.0, max_completion_length=options.tokens)
+    computer = StepComputer(policy, None, loss, config, "token_truncate", 2.0, 1.0, ranks)
+    draw = np.random.default_rng(0)
+    samples = [
+        Sample(
+            group=index // 8,
+            prompt=pack_ints(draw.integers(2, 500, 16)),
+            completion=pack_ints(draw.integers(2, 500, options.tokens)),
+            logprobs=pack_floats(np.full(options.tokens, -6.0)),
+            advantage=float(draw.normal()),
+            mask=b"",
+        )
+        for index in range(options.rollouts)
+    ]
+    stats = BatchStats(**(dict.fromkeys(BatchStats.__struct_fields__, 0.0) | {"rewards": {}}))
+    batch = Batch(step=0, samples=samples, sequences=len(samples), tokens=len(samples) * options.tokens, stats=stats)
+    saver = writer = None
+    if ranks.leads:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        saver = Saver(directory, policy, optimizer, tokenizer, RunConfig(save_total_limit=2), ranks)
+    else:
+        writer = RowWriter(policy, optimizer, ranks)
+
+    def step() -> float:
+        """The seconds that the optimizer waited for a copy."""
+        computer.gradients(batch, StepClock())
+        started = time.monotonic()
+        (saver or writer).wait_for_copy()
+        waited = time.monotonic() - started
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return waited
+
+    def begin(number: int) -> None:
+        if saver is not None:
+            saver.begin_checkpoint(number, 10**6, 0.0)
+        else:
+            match decode(ranks.hear()):
+                case Save(step=saved, number=report):
+                    writer.begin_report(unfinished_path(checkpoint_path(directory, saved)), report)
+
+    for _ in range(WARM_UP):
+        step()
+    found: dict[str, list[float]] = {"without": [], "with": [], "waited": [], "save": []}
+    for number in range(2 * options.rounds):
+        saves = number % 2 == 1
+        waited, ended = 0.0, None
+        started = time.monotonic()
+        for index in range(options.window):
+            waited += step()
+            if saves and index == 0:
+                begin(number)
+                begun = time.monotonic()
+            if saves and saver is not None and ended is None and index > 0 and saver.settled:
+                ended = time.monotonic() - begun
+        if saves and saver is not None:
+            saver.settle()
+        seconds = time.monotonic() - started
+        found["with" if saves else "without"].append(seconds)
+        if saves:
+            found["waited"].append(waited)
+            found["save"].append(seconds if ended is None else ended)
+    if saver is not None:
+        saver.close()
+        print(json.dumps(found), flush=True)
+    else:
+        writer.close()
+    ranks.close()
+
+
+def main() -> None:
+    """Measure each number of processes, and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--window", type=int, default=20, help="steps, and steps from one checkpoint to the next")
+    parser.add_argument("--rounds", type=int, default=4, help="windows of each kind")
+    parser.add_argument("--rollouts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        run_rank(Path(options.rank[0]), Path(options.rank[1]), options)
+        return
+    table = Table(
+        "processes",
+        "step, no save",
+        "step, with a save",
+        "cost",
+        "lost by a save",
+        "waited for the copy",
+        "a save takes",
+    )
+    summary = {}
+    with tempfile.TemporaryDirectory() as place:
+        model = save_bench_model(Path(place) / "model")
+        for processes in options.processes:
+            directory = Path(place) / f"run-{processes}"
+            directory.mkdir()
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            command = [sys.executable, *(launcher if processes > 1 else ()), str(HERE), *sys.argv[1:]]
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                [*command, "--rank", str(model), str(directory)],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode != 0:
+                raise SystemExit(f"{processes} processes ended with status {done.returncode}:\n{done.stderr}")
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            without, saving = (statistics.median(found[kind]) / options.window for kind in ("without", "with"))
+            cost = saving / without - 1.0
+            lost = (saving - without) * options.window * 1e3
+            waited, whole = statistics.median(found["waited"]), statistics.median(found["save"])
+            table.add_row(
+                str(processes), f"{without * 1e3:.1f} ms", f"{saving * 1e3:.1f} ms", f"{cost:+.2%}", f"{lost:.0f} ms",
+                f"{waited * 1e3:.1f} ms", f"{whole:.2f} s",
+            )  # fmt: skip
+            summary[f"processes_{processes}"] = {
+                "step_ms": round(without * 1e3, 2),
+                "step_with_saves_ms": round(saving * 1e3, 2),
+                "saving_cost": round(cost, 4),
+                "lost_ms_per_save": round(lost, 1),
+                "copy_wait_ms": round(waited * 1e3, 2),
+                "save_seconds": round(whole, 3),
+            }
+    Console(highlight=False).print(table)
+    print(json.dumps({"window": options.window, "rounds": options.rounds, **summary}))
+
+
+if __name__ == "__main__":
+    main()
