@@ -182,4 +182,5 @@ class CollectorSpec(msgspec.Struct, frozen=True, kw_only=True):
     groups_per_batch: int
     seed: int
     ledger: str
+    ledger_keep_steps: int
     drop_zero_variance: bool

@@ -131,6 +131,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def earliest_resume(output_dir: Path) -> int | None:
+    """The step with which a run would go on from the oldest checkpoint; None where there is none to tell."""
+    for path in list_checkpoints(output_dir)[:1]:
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState).step
+    return None
+
+
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
     """The directory to resume from. wanted: ``auto`` (the newest one that can be resumed, or None for a run that has
     no checkpoint yet) or a path. Raises UserError when there are checkpoints, and none that can be resumed."""
