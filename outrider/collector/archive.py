@@ -132,7 +132,7 @@ def _rows(table: pa.Table) -> list[Row]:
             finish_reason=plain["finish_reason"][at],
             server=plain["server"][at],
             reward=plain["reward"][at],
-            rewards=json.dumps(dict(plain["rewards"][at])),
+            rewards=msgspec.json.encode(dict(plain["rewards"][at])).decode(),
         )
         for at, group in enumerate(plain["group"])
     ]

@@ -289,7 +289,8 @@ def _by_step(rows: Iterable[Row]) -> dict[int, list[Group]]:
     for row in rows:
         assert row.step is not None
         steps.setdefault(row.step, []).append(row)
-    return {step: groups_of(own) for step, own in steps.items()}
+    # In the order in which they were shipped, so that every sum over them comes out the same.
+    return {step: sorted(groups_of(own), key=lambda group: (group.deadline, group.id)) for step, own in steps.items()}
 
 
 def trained_steps(path: Path) -> list[int]:

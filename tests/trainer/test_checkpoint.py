@@ -19,6 +19,7 @@ from outrider.trainer.checkpoint import (
     Contents,
     SaveFailed,
     TrainerState,
+    earliest_resume,
     find_checkpoint,
     list_checkpoints,
     load_optimizer,
@@ -149,6 +150,7 @@ def test_the_newest_are_kept(save: Any, tmp_path: Path) -> None:
     for step in range(1, 5):
         save(step, keep=2)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    assert earliest_resume(tmp_path) == 3
 
 
 def test_saving_a_step_again_replaces_it(save: Any, policy: Policy, tmp_path: Path) -> None:
@@ -162,6 +164,7 @@ def test_saving_a_step_again_replaces_it(save: Any, policy: Policy, tmp_path: Pa
 
 def test_auto_without_any_checkpoint_begins_anew(tmp_path: Path) -> None:
     assert find_checkpoint("auto", tmp_path) is None
+    assert earliest_resume(tmp_path) is None
     assert find_checkpoint("auto", tmp_path / "never made") is None
 
 
