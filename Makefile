@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test vllm-cpu test-vllm lint bench format clean
+.PHONY: demo test test-kills vllm-cpu test-vllm lint bench format clean
 
 # The constraints name the versions this project was tested with; torch first, so that a CPU build that is at hand
 # is taken instead of the newest CUDA one.
@@ -19,6 +19,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# A run that is killed twenty times, at random moments: minutes. `make test` has one that is killed three times.
+test-kills: $(VENV)/.installed
+	$(BIN)/python -m pytest -m kills -s tests/end_to_end/test_kills.py
 
 # The CPU build of vLLM, whose own requirements would bring a CUDA torchvision: they are installed without it. Some of
 # the versions differ from constraints.txt, because vLLM asks for others.

@@ -136,7 +136,8 @@ def make_spec(directory: Path, level: Level, urls: Sequence[str]) -> CollectorSp
         rewards=RewardConfig(reward_funcs=(f"{directory}/bench_reward.py:bench_reward",)),
         reward_weights=(1.0,), reward_settings=RewardSettings(), staleness=StalenessConfig(),
         max_staleness=groups // GROUPS_PER_BATCH + 4, evaluation=EvaluationConfig(), groups_per_batch=GROUPS_PER_BATCH,
-        mini_batches=1, seed=0, ledger=str(directory / "ledger.sqlite"), drop_zero_variance=True,
+        mini_batches=1, seed=0, ledger=str(directory / "ledger.sqlite"), ledger_keep_steps=100,
+        drop_zero_variance=True,
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def make_specs(config: TrainConfig, resolved: Resolved) -> tuple[TrainerSpec, Co
         mini_batches=resolved.mini_batches,
         seed=config.run.seed,
         ledger=str(Path(config.run.output_dir) / "ledger.sqlite"),
+        ledger_keep_steps=config.run.ledger_keep_steps,
         # With a KL term a group without advantages still has a gradient.
         drop_zero_variance=config.loss.beta == 0,
     )

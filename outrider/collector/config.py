@@ -186,4 +186,5 @@ class CollectorSpec(msgspec.Struct, frozen=True, kw_only=True):
     mini_batches: int
     seed: int
     ledger: str
+    ledger_keep_steps: int
     drop_zero_variance: bool

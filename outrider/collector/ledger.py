@@ -4,27 +4,28 @@ A group's row is written when it is finished or given up, and its step when its 
 gets it. A run that ends anywhere can therefore be taken up again: steps that were trained after the last checkpoint
 are replayed with the same rollouts, finished groups that had not been trained are used, and what was in flight is
 started anew. Group g asks row ``Order.row(g)`` of the dataset, so the largest id is the data cursor.
+
+Old steps leave it for the archive, see ``pruning``; which groups these were it still knows.
 """
 
-import contextlib
 import fcntl
 import json
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
+from outrider.collector.archive import Archive
 from outrider.collector.groups import Group
+from outrider.collector.ledger_rows import Row, groups_of, open_for_reading, readable, select_rows
 from outrider.contract.arrays import pack_floats, pack_ints
 from outrider.contract.errors import UserError
-from outrider.contract.generation import VersionSpan
 from outrider.contract.rollouts import RolloutRow
-from outrider.environments.base import Rollout, logprob_array, token_array
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -35,16 +36,20 @@ CREATE TABLE IF NOT EXISTS rollouts (
     group_id INTEGER NOT NULL REFERENCES groups (id), place INTEGER NOT NULL, tokens BLOB NOT NULL,
     logprobs BLOB NOT NULL, versions BLOB NOT NULL, mask BLOB, text TEXT NOT NULL, finish_reason TEXT NOT NULL,
     server TEXT NOT NULL, reward REAL, rewards TEXT NOT NULL, PRIMARY KEY (group_id, place));
+CREATE TABLE IF NOT EXISTS archived (first INTEGER PRIMARY KEY, last INTEGER NOT NULL UNIQUE);
 CREATE INDEX IF NOT EXISTS groups_by_step ON groups (step);
+CREATE INDEX IF NOT EXISTS dropped_by_deadline ON groups (deadline) WHERE state = 'dropped';
 """
 
 #: Seconds that a write may wait for others. A thread that wakes for every group costs more than its writes do.
 LINGER = 0.02
 #: Of the tables above; kept in the file, so that one of another layout is refused by name.
-_LAYOUT = 2
+_LAYOUT = 3
 #: A rollout is several kilobytes: with pages of SQLite's usual 4 it costs twice the CPU time. The log is written back
 #: every so many pages, which is when the disk is waited for.
 _PAGE_BYTES, _CHECKPOINT_PAGES = 32768, 2000
+#: Name of the fact that says how many steps, from the first one on, are in the archive alone.
+_ARCHIVED = "archived_steps"
 
 
 class Backlog(msgspec.Struct):
@@ -70,7 +75,7 @@ class Ledger:
     def __init__(self, path: Path, facts: dict[str, str], resume: bool) -> None:
         """facts: what must be the same for a run to go on (dataset, group size...). Raises UserError when the file
         is of another run, cannot be written, or is in the way of a new run."""
-        self.path = path
+        self.path, self.archive = path, Archive(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._outstanding: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._scheduled = False
@@ -87,6 +92,11 @@ class Ledger:
             raise UserError(
                 f"--output_dir {path.parent} holds another run's ledger: choose another directory, or go on with that "
                 "run by --resume_from_checkpoint auto"
+            )
+        if not known and self.archive.steps():
+            raise UserError(
+                f"{self.archive.directory} holds rollouts of another run: choose another --output_dir, or move "
+                "them away"
             )
         changed = [name for name, value in facts.items() if known and known.get(name) != value]
         if changed:
@@ -128,9 +138,22 @@ class Ledger:
 
         return self._submit(write, urgent=True)
 
+    def forget(self, step: int, groups: Collection[int]) -> "Future[Any]":
+        """Delete a step, the oldest one, and these groups: the archive has them."""
+
+        def write() -> None:
+            for group_id in sorted(groups):
+                self._db.execute("DELETE FROM rollouts WHERE group_id = ?", (group_id,))
+                self._db.execute("DELETE FROM groups WHERE id = ?", (group_id,))
+                _note_archived(self._db, group_id)
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (_ARCHIVED, str(step + 1)))
+
+        return self._submit(write)
+
     def backlog(self, start_step: int) -> Backlog:
-        """What there is to take up for a run that goes on with ``start_step``."""
-        return self._thread.submit(lambda: _backlog(self._db, start_step)).result()
+        """What there is to take up for a run that goes on with ``start_step``. Raises UserError when steps that are
+        needed for it are no longer in the archive."""
+        return self._thread.submit(lambda: _backlog(self._db, self.archive, start_step)).result()
 
     def close(self) -> None:
         """Write what is outstanding and close the file."""
@@ -238,94 +261,51 @@ def _open(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _backlog(db: sqlite3.Connection, start_step: int) -> Backlog:
-    replays: dict[int, list[Group]] = {}
-    finished = []
-    query = (
-        "SELECT id, state, step, deadline, prompt, prompt_tokens, advantages FROM groups "
-        "WHERE state = 'finished' OR step >= ? ORDER BY id"
-    )
-    for group_id, state, step, deadline, prompt, prompt_tokens, advantages in db.execute(query, (start_step,)):
-        group = _read_group(db, group_id, deadline, prompt, token_array(prompt_tokens))
-        group.advantages = json.loads(advantages or "[]")
-        if state == "finished":
-            finished.append(group)
-        else:
-            replays.setdefault(step, []).append(group)
-    known = {row[0] for row in db.execute("SELECT id FROM groups")}
-    next_group = max(known, default=-1) + 1
-    missing = [group_id for group_id in range(next_group) if group_id not in known]
-    return Backlog(replays, finished, missing, next_group)
+def _note_archived(db: sqlite3.Connection, group_id: int) -> None:
+    """Add a group to the spans of ids that are in the archive alone."""
+    before = db.execute("SELECT first FROM archived WHERE last = ?", (group_id - 1,)).fetchone()
+    after = db.execute("SELECT last FROM archived WHERE first = ?", (group_id + 1,)).fetchone()
+    first, last = before[0] if before else group_id, after[0] if after else group_id
+    db.execute("DELETE FROM archived WHERE first IN (?, ?)", (first, group_id + 1))
+    db.execute("INSERT INTO archived VALUES (?, ?)", (first, last))
 
 
-def _read_group(db: sqlite3.Connection, group_id: int, deadline: int, prompt: str, tokens: Sequence[int]) -> Group:
-    group = Group(group_id, deadline, prompt, [], [], {})
-    for row in db.execute(
-        "SELECT tokens, logprobs, versions, mask, text, finish_reason, server, reward, rewards "
-        "FROM rollouts WHERE group_id = ? ORDER BY place",
-        (group_id,),
-    ):
-        ids, logprobs, versions, mask, text, finish_reason, server, reward, rewards = row
-        group.rollouts.append(
-            Rollout(
-                prompt=tokens,
-                tokens=token_array(ids),
-                logprobs=logprob_array(logprobs),
-                versions=msgspec.msgpack.decode(versions, type=list[VersionSpan]),
-                text=text,
-                finish_reason=finish_reason,
-                server=server,
-                mask=mask,
-            )
-        )
-        group.rewards.append(reward)
-        for name, value in json.loads(rewards).items():
-            group.per_function.setdefault(name, []).append(value)
-    return group
+def _backlog(db: sqlite3.Connection, archive: Archive, start_step: int) -> Backlog:
+    rows = select_rows(db, "g.state = 'finished' OR g.step >= ?", (start_step,))
+    replays = _by_step(row for row in rows if row.step is not None)
+    [archived] = db.execute("SELECT max(CAST(value AS INTEGER)) FROM facts WHERE name = ?", (_ARCHIVED,)).fetchone()
+    for step in range(start_step, archived or 0):
+        replays |= _by_step(row for row in archive.read(step) if row.step is not None)
+    missing: list[int] = []
+    next_group = 0
+    for first, last in db.execute("SELECT id, id FROM groups UNION ALL SELECT first, last FROM archived ORDER BY 1"):
+        missing.extend(range(next_group, first))
+        next_group = last + 1
+    return Backlog(replays, groups_of(row for row in rows if row.step is None), missing, next_group)
 
 
-@contextlib.contextmanager
-def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            yield db
-    except sqlite3.Error as error:
-        raise UserError(f"ledger {path}: cannot be read: {error}") from error
+def _by_step(rows: Iterable[Row]) -> dict[int, list[Group]]:
+    steps: dict[int, list[Row]] = {}
+    for row in rows:
+        assert row.step is not None
+        steps.setdefault(row.step, []).append(row)
+    # In the order in which they were shipped, so that every sum over them comes out the same.
+    return {step: sorted(groups_of(own), key=lambda group: (group.deadline, group.id)) for step, own in steps.items()}
 
 
 def trained_steps(path: Path) -> list[int]:
-    """Batches (counted from 1) whose rollouts the ledger holds as trained, in order."""
-    with _read_only(path) as db:
-        query = "SELECT DISTINCT step FROM groups WHERE step IS NOT NULL ORDER BY step"
-        return [step + 1 for (step,) in db.execute(query)]
+    """Batches (counted from 1) whose rollouts the ledger or its archive holds, in order."""
+    with open_for_reading(path) as db:
+        query = "SELECT DISTINCT step FROM groups WHERE step IS NOT NULL"
+        steps = {step for (step,) in db.execute(query)}
+    return [step + 1 for step in sorted(steps.union(Archive(path).steps()))]
 
 
 def read_rollouts(path: Path, step: int | None) -> list[RolloutRow]:
-    """Rollouts of one batch (counted from 1); None for those that were trained in none."""
-    condition, values = ("g.step = ?", [step - 1]) if step is not None else ("g.step IS NULL", [])
-    query = (
-        "SELECT g.id, r.place, g.step, g.state, g.reason, g.prompt, r.text, r.tokens, r.reward, r.rewards, "
-        "g.advantages, r.finish_reason, r.versions, r.server FROM groups g JOIN rollouts r ON r.group_id = g.id "
-        f"WHERE {condition} ORDER BY g.id, r.place"
-    )
-    with _read_only(path) as db:
-        return [
-            RolloutRow(
-                group=group,
-                index=place,
-                step=None if trained is None else trained + 1,
-                state=state,
-                reason=reason,
-                prompt=prompt,
-                completion=text,
-                tokens=len(tokens) // 4,
-                reward=reward,
-                rewards=json.loads(rewards),
-                advantage=json.loads(advantages)[place] if advantages else None,
-                finish_reason=finish_reason,
-                versions=msgspec.msgpack.decode(versions, type=list[VersionSpan]),
-                server=server,
-            )
-            for group, place, trained, state, reason, prompt, text, tokens, reward, rewards, advantages, finish_reason,
-                versions, server in db.execute(query, values)
-        ]  # fmt: skip
+    """Rollouts of one batch (counted from 1); None for those that none has trained and that are not archived yet."""
+    # The ledger first: a step leaves it only when the archive has it.
+    with open_for_reading(path) as db:
+        rows = select_rows(db, "g.step IS NULL") if step is None else select_rows(db, "g.step = ?", (step - 1,))
+    if not rows and step is not None and step - 1 in Archive(path).steps():
+        rows = [row for row in Archive(path).read(step - 1) if row.step is not None]
+    return [readable(row) for row in rows]

@@ -26,6 +26,7 @@ from outrider.collector.ledger import Ledger
 from outrider.collector.pool import Pool
 from outrider.collector.preflight import Expected, check_server, wait_for_server
 from outrider.collector.prompts import PromptSet
+from outrider.collector.pruning import Pruner
 from outrider.collector.server import Server
 from outrider.collector.setup import (
     evaluation_template,
@@ -45,6 +46,7 @@ from outrider.contract.feed import (
     Failure,
     FromCollector,
     FromTrainer,
+    Kept,
     Notice,
     Published,
     Ready,
@@ -157,6 +159,9 @@ class CollectorProcess:
         pool = Pool(servers, spec.run_id, spec.staleness.request_retries, self._changed, decode)
         ledger = Ledger(Path(spec.ledger), ledger_facts(spec, train), resume=spec.resume)
         self.closers.callback(ledger.close)
+        loop = asyncio.get_running_loop()
+        pruner = Pruner(ledger, spec.ledger_keep_steps, lambda text: loop.call_soon_threadsafe(self._notice, text))
+        self.closers.callback(pruner.close)
         environment, template = SingleTurn(), sampling_template(spec)
         self.collector = Collector(spec, train, pool, rewards, environment, ledger, template, self.send)
         evaluation = None
@@ -176,7 +181,7 @@ class CollectorProcess:
         self.send(ready(servers, train, held_out, segment_url))
         # Last in, first out: nothing is still at work when what it works with is closed.
         self.closers.push_async_callback(self._end_tasks)
-        await self._converse(self.collector, evaluation)
+        await self._converse(self.collector, evaluation, pruner)
 
     async def _reach_servers(
         self, spec: CollectorSpec, expected: Expected, facts: TrainerFacts, key: str
@@ -213,7 +218,7 @@ class CollectorProcess:
         self.closers.push_async_callback(segments.stop)
         return await segments.start()
 
-    async def _converse(self, collector: Collector, evaluation: Evaluation | None) -> None:
+    async def _converse(self, collector: Collector, evaluation: Evaluation | None, pruner: Pruner) -> None:
         """Follow the trainer until it says stop, or a task of ours fails."""
         while True:
             incoming = asyncio.ensure_future(self._incoming.get())
@@ -228,6 +233,8 @@ class CollectorProcess:
             match incoming.result():
                 case Begin(first=first, end=end):
                     self._spawn(collector.run(first, end))
+                case Kept(step=step):
+                    pruner.release(step)
                 case Published(manifest=manifest):
                     self.manifest = manifest
                     for keeper in self.keepers:

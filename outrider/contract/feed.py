@@ -167,6 +167,13 @@ class Begin(msgspec.Struct, kw_only=True, tag="begin"):
     end: int
 
 
+class Kept(msgspec.Struct, kw_only=True, tag="kept"):
+    """No checkpoint is older than the one from which a run goes on with ``step``: the ledger may give up what was
+    before."""
+
+    step: int
+
+
 class Published(msgspec.Struct, kw_only=True, tag="published"):
     """A version is ready to be staged by the servers."""
 
@@ -187,4 +194,4 @@ class Stop(msgspec.Struct, kw_only=True, tag="stop"):
 
 
 FromCollector: TypeAlias = Ready | Batch | EvalResult | PoolStatus | Notice | Failure
-FromTrainer: TypeAlias = Begin | Published | EvaluateRequest | Stop
+FromTrainer: TypeAlias = Begin | Kept | Published | EvaluateRequest | Stop

@@ -7,6 +7,7 @@
 With one process the directory is a Hugging Face one.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
         if number.isdigit() and (path / _STATE).exists():
             found.append((int(number), path))
     return [path for _, path in sorted(found)]
+
+
+def earliest_resume(output_dir: Path) -> int | None:
+    """The batch with which a run would go on from the oldest checkpoint, from 0; None where there is none to tell."""
+    for path in list_checkpoints(output_dir)[:1]:
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState).version
+    return None
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:

@@ -114,6 +114,14 @@ class RunConfig(Section):
     ] = 100
     save_total_limit: Annotated[PositiveInt | None, option("Checkpoints kept (default: all)")] = None
     save_only_model: Annotated[bool, option("Checkpoints without optimizer state, which cannot be resumed")] = False
+    ledger_keep_steps: Annotated[
+        int,
+        option(
+            "Newest steps whose rollouts stay in the ledger; those of older steps go to Parquet files, once they are "
+            "older than every checkpoint that is kept",
+            ge=0,
+        ),
+    ] = 100
     resume_from_checkpoint: Annotated[
         str | None, option("auto: the newest whole checkpoint of --output_dir; or the path of one")
     ] = None

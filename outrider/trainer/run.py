@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from outrider.contract.errors import UserError
-from outrider.contract.feed import Batch, Begin, EvalResult, Ready
+from outrider.contract.feed import Batch, Begin, EvalResult, Kept, Ready
 from outrider.contract.identity import model_fingerprint
 from outrider.contract.keys import client_key
 from outrider.observe.metrics import MetricsWriter, read_metrics
@@ -20,7 +20,7 @@ from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.reporters import Reporters, make_reporters
 from outrider.trainer.agreement import check_directory, compare_settings
-from outrider.trainer.checkpoint import find_checkpoint, load_state
+from outrider.trainer.checkpoint import earliest_resume, find_checkpoint, load_state
 from outrider.trainer.clock import StepClock
 from outrider.trainer.directories import SaveFailed
 from outrider.trainer.finish import finish_run
@@ -184,6 +184,7 @@ class Trainer:
             self._evaluate_now()
         batches = math.ceil((self.max_steps - self.step) / spec.steps_per_batch)
         self.link.send(Begin(first=self.version, end=self.version + batches))
+        self._tell_kept()
         self.started = time.monotonic()
         self.clock = StepClock()
         while self.step < self.max_steps and not self.interrupt.requested:
@@ -304,9 +305,15 @@ class Trainer:
     def _settle_save(self) -> None:
         """Hear how the checkpoint in progress has ended. A failure is told and costs the checkpoint, not the run."""
         try:
-            self.saver.settle()
+            if self.saver.settle():
+                self._tell_kept()
         except SaveFailed as error:
             self.panel.notice(f"checkpoint not saved: {error}; training goes on")
+
+    def _tell_kept(self) -> None:
+        """Tell the collector which batches of its ledger no resume will ask for."""
+        if (version := earliest_resume(self.output_dir)) is not None:
+            self.link.send(Kept(step=version))
 
     def _save_last(self, seconds: float) -> None:
         """Save the state at the end of the run, however it ends. Raises UserError."""

@@ -200,11 +200,13 @@ class Saver:
         """Whether :meth:`settle` would return, or raise, at once."""
         return self._writing is None or self._writing.done()
 
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being saved. Raises SaveFailed if it could not be."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+    def settle(self) -> bool:
+        """Wait for the checkpoint that is being saved; whether there was one. Raises SaveFailed if it could not be."""
+        if self._writing is None:
+            return False
+        writing, self._writing = self._writing, None
+        writing.result()
+        return True
 
     def close(self) -> None:
         """Wait for what is being written, but not long for other ranks."""

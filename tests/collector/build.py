@@ -62,7 +62,7 @@ def collector_spec(**given: Any) -> CollectorSpec:
     fields: dict[str, Any] = {
         "run_id": "run", "resume": False, "model": str(DEMO_MODEL), "trust_remote_code": False, "server_urls": [],
         "reward_weights": (1.0,), "reward_settings": RewardSettings(), "max_staleness": 1, "groups_per_batch": 2,
-        "mini_batches": 1, "seed": 0, "ledger": "", "drop_zero_variance": True,
+        "mini_batches": 1, "seed": 0, "ledger": "", "ledger_keep_steps": 100, "drop_zero_variance": True,
     }  # fmt: skip
     for name, (section, defaults) in sections.items():
         own = {key: given.pop(key) for key in set(given) - set(fields) if key in section.__struct_fields__}  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """A rollout server, data, and the commands of users, all real."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -73,14 +73,17 @@ def flags(demo_model: Path, data: Path, port: int) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def train(flags: dict[str, str]) -> Iterator[Train]:
-    """``train(directory, **changes)`` starts a trainer there. A change to None leaves the flag out."""
+    """``train(directory, **changes)`` starts a trainer there. A change to None leaves the flag out. environment: see
+    :class:`Command`."""
     started = []
 
-    def start(directory: Path, program: str = "outrider", **changes: object) -> Command:
+    def start(
+        directory: Path, program: str = "outrider", environment: Mapping[str, str] | None = None, **changes: object
+    ) -> Command:
         chosen = {name: value for name, value in (flags | changes).items() if value is not None}
         words = [word for name, value in chosen.items() for word in (f"--{name}", *str(value).split())]
         command = ["rlhf", "--rlhf_type", "grpo"] if program == "swift" else ["train"]
-        started.append(Command(program, [*command, *words], directory))
+        started.append(Command(program, [*command, *words], directory, environment))
         return started[-1]
 
     yield start

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,18 @@ class Done:
 class Command:
     """``outrider ...`` or ``swift ...`` as a child process, with its output in files."""
 
-    def __init__(self, program: str, words: list[str], directory: Path) -> None:
-        """program: ``outrider`` or ``swift``. directory: where it runs and where its output goes."""
+    def __init__(
+        self, program: str, words: list[str], directory: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """program: ``outrider`` or ``swift``. directory: where it runs and where its output goes. environment: what
+        it has besides that of the tests."""
         module = {"outrider": "outrider.cli.main", "swift": "outrider.cli.swift"}[program]
         number = len(list(directory.glob("command-*.out")))
         self._out, self._err = (directory / f"command-{number}.{end}" for end in ("out", "err"))
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *words], cwd=directory, stdout=out, stderr=err, env=environment
+                [sys.executable, "-m", module, *words], cwd=directory, stdout=out, stderr=err, env=variables
             )
 
     @property
@@ -48,12 +51,16 @@ class Command:
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             ended = self.process.poll() is not None
-            if found := re.search(pattern, self._out.read_text(), re.MULTILINE):
+            if found := self.said(pattern):
                 return found
             if ended:
                 break
             time.sleep(0.01)
         raise AssertionError(f"no {pattern!r} in:\n{self._out.read_text()}\n{self._err.read_text()}")
+
+    def said(self, pattern: str) -> re.Match[str] | None:
+        """Where its standard output has ``pattern`` by now."""
+        return re.search(pattern, self._out.read_text(), re.MULTILINE)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to this process alone, and not to its children."""
@@ -92,6 +99,16 @@ def _descendants(pid: int) -> Iterator[int]:
     for child in children:
         yield child
         yield from _descendants(child)
+
+
+def ranks_of(launcher: int) -> dict[str, int]:
+    """Process ids of a launcher's ranks."""
+    found = {}
+    for task in Path(f"/proc/{launcher}/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {v[5:].decode(): int(pid) for v in variables if v.startswith(b"RANK=")}
+    return found
 
 
 def assert_one_message(done: Done, parts: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-C twice, and a kill that nobody can catch. Signals go to the trainer alone."""
+"""Ctrl-C, and Ctrl-C twice. Signals go to the trainer alone. For a kill that nobody can catch, see test_kills."""
 
 import re
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 from tests.end_to_end.conftest import Train
 from tests.end_to_end.processes import Command, all_gone
-from tests.end_to_end.records import check_finished, query, summary, trained
+from tests.end_to_end.records import check_finished, query, summary
 
 GROUPS, STEPS = 8, 7
 
@@ -63,31 +63,6 @@ def test_ctrl_c_twice_ends_at_once_and_leaves_nothing(train: Train, settings: di
     assert "Traceback" not in done.err
     assert all_gone(processes)
     assert trainer.segments() == []
-
-
-def test_a_killed_trainer_is_cleaned_up_after_and_resumed(
-    train: Train, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    trainer = train(tmp_path, **settings)
-    trainer.wait_for("^step 5/")
-    processes = trainer.descendants()
-    trainer.signal(signal.SIGKILL)
-    assert trainer.wait().status == -signal.SIGKILL
-    assert all_gone(processes)
-    assert trainer.segments() != []
-    shipped = [row for row in trained(run) if row[1] < 5]
-
-    resumed = train(tmp_path, **settings, resume_from_checkpoint="auto")
-    done = resumed.wait()
-    assert (done.status, done.err) == (0, "")
-    assert trainer.segments() == []
-    # The newest whole one: the kill may have met the save after step 4.
-    assert re.search(r"resumed from \S+checkpoint-([24]) after step \1", done.out)
-    assert not list(run.glob("*.unfinished"))
-    check_finished(run, count=STEPS, groups=GROUPS, bound=1)
-    # Steps that were trained after the checkpoint are trained again on the very same rollouts.
-    assert [row for row in trained(run) if row[1] < 5] == shipped
 
 
 def test_ctrl_c_while_waiting_for_a_server(train: Train, flags: dict[str, str], tmp_path: Path) -> None:

@@ -87,10 +87,10 @@ def main(output: str, directory: str, copies: str, resumed: str, *models: str) -
     else:
         saver = Saver(run, policy, optimizer, AutoTokenizer.from_pretrained(models[0]), RunConfig(), ranks)
         try:
-            saver.checkpoint(1, 9, 1.5)
+            saver.checkpoint(1, 1, 9, 1.5)
         except SaveFailed as error:
             found["failed"] = str(error), [path.name for path in run.iterdir()]
-            saver.checkpoint(1, 9, 1.5)
+            saver.checkpoint(1, 1, 9, 1.5)
         saver.export()
         ranks.end(encode(End()))
         saver.close()

@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from outrider.contract.errors import UserError
 from outrider.trainer import rows, saving
-from outrider.trainer.checkpoint import TrainerState, find_checkpoint, list_checkpoints, load_state, write_model
+from outrider.trainer.checkpoint import (
+    TrainerState,
+    earliest_resume,
+    find_checkpoint,
+    list_checkpoints,
+    load_state,
+    write_model,
+)
 from outrider.trainer.config import OptimizerConfig, RunConfig
 from outrider.trainer.directories import SaveFailed, tidy, write_directory
 from outrider.trainer.model import Policy
@@ -66,7 +73,7 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer, tokenizer: PreTrained
         config = RunConfig(save_total_limit=keep, save_only_model=only_model)
         saver = Saver(tmp_path, policy, optimizer, tokenizer, config, Ranks())
         try:
-            saver.checkpoint(step, 9, 1.5)
+            saver.checkpoint(step, step, 9, 1.5)
         finally:
             saver.close()
         return tmp_path / f"checkpoint-{step}"
@@ -152,6 +159,7 @@ def test_the_newest_are_kept(save: Any, tmp_path: Path) -> None:
     for step in range(1, 5):
         save(step, keep=2)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    assert earliest_resume(tmp_path) == 3
 
 
 def test_saving_a_step_again_replaces_it(save: Any, policy: Policy, tmp_path: Path) -> None:
@@ -165,6 +173,7 @@ def test_saving_a_step_again_replaces_it(save: Any, policy: Policy, tmp_path: Pa
 
 def test_auto_without_any_checkpoint_begins_anew(tmp_path: Path) -> None:
     assert find_checkpoint("auto", tmp_path) is None
+    assert earliest_resume(tmp_path) is None
     assert find_checkpoint("auto", tmp_path / "never made") is None
 
 
@@ -286,7 +295,7 @@ def test_a_copy_is_of_now_and_of_its_own(
     held = [*model_tensors(policy.model).values(), *optimizer_tensors(policy.model, optimizer).values()]
     before = [tensor.clone() for tensor in held]
     saver = Saver(tmp_path, policy, optimizer, tokenizer, RunConfig(), Ranks())
-    saver.begin_checkpoint(1, 9, 1.5)
+    saver.begin_checkpoint(1, 1, 9, 1.5)
     saver.wait_for_copy()
     with torch.no_grad():
         for tensor in held:

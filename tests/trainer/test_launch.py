@@ -17,6 +17,7 @@ from outrider.demo.task import problems, write_jsonl
 from outrider.trainer.summary import Summary
 from outrider.weights.segments import segment_directory
 from tests.contract.servers import Server, start_torch
+from tests.end_to_end.processes import ranks_of
 from tests.server.models import DEMO_MODEL
 
 KEY = "a key for tests"
@@ -69,16 +70,6 @@ def free_port() -> int:
 def rows(directory: Path) -> list[dict[str, object]]:
     path = directory / "run" / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def ranks_of(launcher: int) -> dict[str, int]:
-    """Process ids of a launcher's ranks."""
-    found = {}
-    for task in Path(f"/proc/{launcher}/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found |= {v[5:].decode(): int(pid) for v in variables if v.startswith(b"RANK=")}
-    return found
 
 
 def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path: Path) -> None:
