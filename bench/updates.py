@@ -38,14 +38,10 @@ class Load:
     """``running`` sequences in flight on a server, from a process of its own, as long as a block lasts. When the tokens
     of ``streams`` of them came is in ``arrivals`` afterwards."""
 
-    def __init__(
-        self, url: str, model: str, running: int, streams: int, new_tokens: int, others: tuple[int, int] | None = None
-    ) -> None:
-        """new_tokens: of each, or of the streams, where ``others`` says from how few to how many the others have."""
+    def __init__(self, url: str, model: str, running: int, streams: int, new_tokens: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._stop, self._queue = context.Event(), context.Queue()
-        lengths = others or (new_tokens, new_tokens)
-        arguments = (url, model, running, streams, new_tokens, lengths, self._stop, self._queue)
+        arguments = (url, model, running, streams, new_tokens, self._stop, self._queue)
         self._process = context.Process(target=_keep_busy, args=arguments, daemon=True)
         self.arrivals: list[list[float]] = []
 
@@ -61,9 +57,7 @@ class Load:
         self._process.kill()
 
 
-def _keep_busy(
-    url: str, model: str, running: int, streams: int, new_tokens: int, others: tuple[int, int], stop: Any, arrivals: Any
-) -> None:
+def _keep_busy(url: str, model: str, running: int, streams: int, new_tokens: int, stop: Any, arrivals: Any) -> None:
     async def run() -> None:
         connector = aiohttp.TCPConnector(limit=0)
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
@@ -75,8 +69,7 @@ def _keep_busy(
                 while not stop.is_set():
                     prompt = [source.randrange(3, 99) for _ in range(PROMPT_TOKENS)]
                     stream = number < streams
-                    length = new_tokens if stream else source.randint(*others)
-                    body = {"model": model, "prompt": prompt, "max_tokens": length, "ignore_eos": True,
+                    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "ignore_eos": True,
                             "logprobs": 0, "return_token_ids": True, "stream": stream}  # fmt: skip
                     async with session.post(f"{url}/v1/completions", data=json.dumps(body)) as answer:
                         if not stream:
@@ -106,6 +99,12 @@ def staged_update(url: str, manifest: Manifest) -> tuple[WeightStatus, Window]:
     body = msgspec.json.encode(CommitRequest(run_id=manifest.run_id, version=manifest.version))
     status = msgspec.json.decode(call(url, routes.COMMIT, body), type=WeightStatus)
     return status, (began, time.monotonic())
+
+
+def quiet(arrivals: list[list[float]], windows: list[Window], after: float) -> list[float]:
+    """What :func:`stalls` calls a stall, of windows in which nothing happened: ms. after: ends of such windows come
+    that many seconds after those of ``windows``."""
+    return stalls(arrivals, [(start + after, end + after) for start, end in windows])[0]
 
 
 def stalls(arrivals: list[list[float]], windows: list[Window]) -> tuple[list[float], list[float], float]:

@@ -1,10 +1,11 @@
 """A weight update from a trainer on one GPU to a vLLM server on another that generates 256 sequences: who waits, and
 for how long; beside it vLLM's own transfer over NCCL, to the same server, in the same run.
 
-    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 6] [--after PID]
+    python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 4] [--after PID]
 
 generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
-generation_late_ms: by how much all tokens after it are late; commit_gpu_ms: what the copy takes on the GPU.
+without_a_commit_ms: the same shortly before, where nothing happened; generation_late_ms: by how much all tokens after
+a commit are late; commit_gpu_ms: what the copy takes on the GPU.
 trainer_stall_ms: what publishing costs a training loop whose step takes a second.
 native_*: the same with pause, start, update, finish and resume. stage_share_of_link: of the speed of one pinned copy.
 With a shape of up to 2B also the gap between the sampler's log-probabilities and those of Transformers on the other
@@ -12,7 +13,6 @@ GPU, with the same weights: mean, 99th percentile, largest.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -36,7 +36,7 @@ from outrider.server.vllm_engine.weights import tensor_shapes
 from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from updates import Load, Window, call, staged_update, stalls
+from updates import Load, Window, call, quiet, staged_update, stalls
 from vllm_servers import Side, free_port, prompts, save_shape, server, until_ended
 
 RUNNING, STREAMS = 256, 8
@@ -148,37 +148,35 @@ def gap_to_trainer(side: Side, model: Path, tensors: dict[str, torch.Tensor]) ->
     return gap(side, trainer, prompts(64, 77), 256)
 
 
-#: By shape: bytes of the cache, so that servers of both shapes fit on a GPU of 80 GB.
-CACHES = {"8B": 15 * 10**9, "0.6B": 11 * 10**9}
+#: Bytes of a token in the cache by shape: keys and values, 8 heads of 128, 2 bytes, of 36 or 28 layers.
+CACHED = {"8B": 2 * 8 * 128 * 2 * 36, "0.6B": 2 * 8 * 128 * 2 * 28}
+#: Tokens of a request by shape, as many as a GPU of 80 GB holds. None ends, so that none begins, while updates are
+#: measured: a step that also reads a prompt takes twice as long, and would be taken for a stall.
+NEW_TOKENS = {"8B": 1100, "0.6B": 1900}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="+", default=["8B", "0.6B"])
-    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--after", type=int, help="process that is to end before anything is measured")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         models = {shape: save_shape(directory / shape, shape) for shape in arguments.shapes}
-        sides = {}
-        for shape, model in models.items():  # all of them start now, and are measured one after the other
+        for shape, model in models.items():
+            cache = RUNNING * (NEW_TOKENS[shape] + 80) * CACHED[shape]
             kwargs = {"load_format": "dummy", "weight_transfer_config": {"backend": "nccl"},
-                      "kv_cache_memory_bytes": CACHES[shape], "gpu_memory_utilization": 0.05}  # fmt: skip
+                      "kv_cache_memory_bytes": cache, "gpu_memory_utilization": 0.05}  # fmt: skip
             flags = ["--engine_kwargs", json.dumps(kwargs), "--max_num_seqs", str(RUNNING), "--max_model_len", "4096",
                      "--engines_per_device", "1"]  # fmt: skip
-            sides[shape] = stack.enter_context(
-                server(f"ours {shape}", model, directory, *flags, ours=True, gpus="1",
-                       environment={"VLLM_SERVER_DEV_MODE": "1"})
-            )  # fmt: skip
-        for side in sides.values():
-            side.wait()
-            print(side.name, "ready", flush=True)
-        until_ended(arguments.after)
-        for shape, side in sides.items():
-            results[shape] = measure(side, models[shape], shape, arguments)
+            with server(f"ours {shape}", model, directory, *flags, ours=True, gpus="1",
+                        environment={"VLLM_SERVER_DEV_MODE": "1"}) as side:  # fmt: skip
+                side.wait()
+                until_ended(arguments.after)
+                results[shape] = measure(side, model, shape, arguments)
             arguments.out.write_text(json.dumps(results, indent=1))
     print(json.dumps(results))
 
@@ -197,11 +195,17 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
     publisher = Publisher(tensors, "bfloat16", uuid.uuid4().hex[:12], info.model_fingerprint, None)
     training = Training(publisher)
     training.start()
-    with Load(side.url, str(side.model), RUNNING, STREAMS, 3000, others=(100, 500)) as load:
-        time.sleep(8)
-        figures = update(side, tensors, training, arguments)
-        time.sleep(3)  # of tokens after the last update
-    raw = {"arrivals": load.arrivals, "ours": figures.ours, "native": figures.native}
+    figures = Figures([], [], [])
+    with Load(side.url, str(side.model), RUNNING, STREAMS, NEW_TOKENS[shape]) as load:
+        time.sleep(3)
+        update(side, training, arguments.updates, figures)
+        time.sleep(1)  # of tokens after the last update
+    with Load(side.url, str(side.model), RUNNING, STREAMS, NEW_TOKENS[shape]) as native_load:
+        time.sleep(3)
+        native_update(side, tensors, figures)
+        time.sleep(2)
+    raw = {"arrivals": load.arrivals, "native_arrivals": native_load.arrivals, "ours": figures.ours,
+           "native": figures.native}  # fmt: skip
     arguments.out.with_name(f"raw_{shape}.json").write_text(json.dumps(raw))
     ours_ms, ours_late, usual = stalls(load.arrivals, figures.ours)
     result = {
@@ -210,6 +214,7 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
         "token_gap_ms": round(usual, 2),
         "generation_stall_ms": middle(ours_ms), "generation_stalls_ms": [round(value, 2) for value in ours_ms],
         "generation_late_ms": middle(ours_late),
+        "without_a_commit_ms": middle(quiet(load.arrivals, figures.ours, after=-0.8)),
         "commit_gpu_ms": middle([1000 * status.commit_seconds for status in figures.statuses]),
         "commit_http_ms": middle([1000 * (end - begin) for begin, end in figures.ours]),
         "trainer_stall_ms": middle([1000 * stall for stall in training.stalls]),
@@ -220,7 +225,7 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
         "link_gb_per_s": round(link / 1e9, 1),
     }  # fmt: skip
     if figures.native:
-        native_ms, native_late, _ = stalls(load.arrivals, figures.native)
+        native_ms, native_late, _ = stalls(native_load.arrivals, figures.native)
         result |= {
             "native_stall_ms": middle(native_ms),
             "native_late_ms": middle(native_late),
@@ -247,17 +252,20 @@ class Figures(NamedTuple):
     statuses: list[WeightStatus]
 
 
-def update(side: Side, tensors: dict[str, torch.Tensor], training: Training, arguments: argparse.Namespace) -> Figures:
-    """Updates in our way, then in vLLM's own."""
-    figures = Figures([], [], [])
-    for _ in range(arguments.updates):
+def update(side: Side, training: Training, count: int, figures: Figures) -> None:
+    """Updates in our way."""
+    for _ in range(count):
         status, window = staged_update(side.url, training.next())
         figures.ours.append(window)
         figures.statuses.append(status)
         http, gpu = 1000 * (window[1] - window[0]), 1000 * status.commit_seconds
         print(f"version {status.version}: stage {status.stage_seconds:.3f} s, commit {gpu:.1f} ms on the GPU, "
               f"{http:.1f} ms over HTTP", flush=True)  # fmt: skip
-        time.sleep(1)
+        time.sleep(0.6)
+
+
+def native_update(side: Side, tensors: dict[str, torch.Tensor], figures: Figures) -> None:
+    """Updates in vLLM's own."""
     try:
         native = Native(side, tensors)
         for _ in range(3):
@@ -266,7 +274,6 @@ def update(side: Side, tensors: dict[str, torch.Tensor], training: Training, arg
             time.sleep(1)
     except Exception as error:  # noqa: BLE001 - the other figures are worth having
         print(f"native transfer failed: {type(error).__name__}: {error}", flush=True)
-    return figures
 
 
 def middle(values: list[float]) -> float:

@@ -12,16 +12,21 @@ from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, OptimizerConfig
 from outrider.trainer.optimizer import make_optimizer
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import whole_tensor
+from outrider.trainer.sharding import blocks_of, whole_tensor
 from outrider.trainer.step import StepComputer
 from tests.trainer.build import batch_of, make_policy, random_samples
 
+SETTINGS: dict[str, dict[str, Any]] = {"offload": {"fsdp_cpu_offload": True}, "varlen": {"attn_impl": "varlen"}}
 
-def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, offload: bool) -> dict[str, Any]:
+
+def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **settings: Any) -> dict[str, Any]:
     """Ten steps, the last six on two mini-batches of one batch, three times each: losses, norms, counts, divergences
     and gaps, and the weights after them."""
-    policy = make_policy(model, ranks=ranks, fsdp_cpu_offload=offload)
-    reference = make_policy(model, trainable=False, ranks=ranks, fsdp_cpu_offload=offload) if beta else None
+    policy = make_policy(model, ranks=ranks, **settings)
+    # FSDP has changed their classes by now; what is compiled are these.
+    assert len(blocks_of(policy.model)) == policy.config.get_text_config().num_hidden_layers
+    assert policy.flat == (settings.get("attn_impl") == "varlen")
+    reference = make_policy(model, trainable=False, ranks=ranks, **settings) if beta else None
     optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
     config = BatchConfig(per_device_train_batch_size=rows, max_tokens_per_micro_batch=budget or None)
     spec = LossSpec(loss_type="dapo", beta=beta, max_completion_length=16)
@@ -52,10 +57,11 @@ def main(model: str, output: str, copies: str, *variants: str) -> None:
     ranks = Ranks(shard_across_nodes=copies == "1")
     found = {}
     for variant in variants:
-        beta, rows, budget, *offload = variant.split(",")
-        if offload and ranks.size == 1:
+        beta, rows, budget, *more = variant.split(",")
+        if more and ranks.mesh is None:
             ranks = Ranks(shard_alone=True)
-        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget), bool(offload))
+        settings = {name: value for word in more for name, value in SETTINGS[word].items()}
+        found[variant] = train(ranks, Path(model), float(beta), int(rows), int(budget), **settings)
     if ranks.leads:
         torch.save(found, output)
     ranks.close()

@@ -13,12 +13,12 @@ from tests.server.models import save_model
 ROOT = Path(__file__).parents[2]
 
 
-#: beta, rollouts of a micro-batch, and a budget of tokens instead, and whether weights are in host memory; by processes
-#: and copies of the model.
+#: beta, rollouts of a micro-batch, a budget of tokens instead, and whether weights are in host memory or micro-batches
+#: flat; by processes and copies of the model.
 VARIANTS = {
-    (1, 1): ("0,4,0", "0.1,4,0", "0.1,4,0,offload"),
-    (2, 1): ("0,4,0", "0,3,0", "0,4,64", "0.1,4,0", "0.1,4,0,offload"),
-    (4, 1): ("0,4,0", "0,1,0", "0.1,4,0"),
+    (1, 1): ("0,4,0", "0.1,4,0", "0.1,4,0,offload", "0.1,4,0,varlen"),
+    (2, 1): ("0,4,0", "0,3,0", "0,4,64", "0.1,4,0", "0.1,4,0,offload", "0,4,64,varlen"),
+    (4, 1): ("0,4,0", "0,1,0", "0.1,4,0,varlen"),
     (4, 2): ("0.1,4,0",),
 }
 

@@ -176,6 +176,24 @@ def own_logprobs(policy: Policy, samples: list[Sample]) -> list[list[float]]:
         return [policy.logprobs(one_a_row([one])).tolist() for one in samples]
 
 
+@pytest.mark.parametrize("rows", [2, 8])
+def test_the_entropy_is_told_when_it_is_asked_for(policy: Policy, rows: int) -> None:
+    samples = random_samples(9, seed=6, masks=True)
+    spec = LossSpec(loss_type="dapo", beta=0.0, max_completion_length=MAX_LENGTH)
+    config = BatchConfig(per_device_train_batch_size=rows)
+    computer = StepComputer(policy, None, spec, config, "none", 2.0, 0.0, entropy=True)
+    [work] = computer.prepare([batch_of(samples)], StepClock())
+    found = computer.gradients(work, StepClock())
+    entropies = []
+    for each in samples:
+        ids = torch.tensor([*unpack_ints(each.prompt), *unpack_ints(each.completion)])[None]
+        distribution = torch.log_softmax(policy.model(input_ids=ids).logits[0], -1)
+        entropy = -(distribution.exp() * distribution).sum(-1)[len(each.prompt) // 4 - 1 : -1]
+        entropies.append(entropy[torch.tensor(list(each.mask), dtype=torch.bool)] if each.mask else entropy)
+    assert found.entropy == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
+    assert gradient(policy, batch_of(samples))[0].entropy is None
+
+
 def test_the_gradient_is_clipped_and_its_norm_before_that_is_told(policy: Policy) -> None:
     batch = batch_of(random_samples(6, seed=16))
     free, whole = gradient(policy, batch)
