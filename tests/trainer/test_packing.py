@@ -170,3 +170,20 @@ def test_a_rollout_without_trained_tokens_keeps_its_place() -> None:
     assert micro.rollouts == 2
     assert micro.sequence.tolist() == [1]
     assert np.array_equal(micro.layout.part.numpy(), [[PROMPT, 1], [PROMPT, PADDING]])
+
+
+@pytest.mark.parametrize("max_tokens", [None, 4096, 8192])
+@pytest.mark.parametrize("break_even", [None, 1500.0])
+def test_little_is_padded_of_a_realistic_mix(max_tokens: int | None, break_even: float | None) -> None:
+    """Prompts of 60 to 300 tokens, eight completions each: many of some hundreds of tokens, and a long tail."""
+    draw = np.random.default_rng(1)
+    samples = []
+    for _ in range(32):
+        prompt = draw.integers(2, 99, int(draw.integers(60, 300)))
+        samples += [sample(prompt, [5] * int(min(draw.lognormal(6.0, 0.7) + 1, 2048))) for _ in range(8)]
+    sharing = None if break_even is None else Sharing(break_even, None)
+    filled = places = 0
+    for rows in form_micro_batches(samples, 8, max_tokens, sharing):
+        part = collate([[samples[index] for index in row] for row in rows], CPU).layout.part
+        filled, places = filled + int((part != PADDING).sum()), places + part.numel()
+    assert filled >= 0.9 * places
