@@ -24,7 +24,7 @@ from outrider.trainer.loading import fill, load_model, make_empty
 from outrider.trainer.logprobs import Head, token_logprobs
 from outrider.trainer.packing import Flat, MicroBatch, Rows
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import Whole, blocks_of, local, shard
+from outrider.trainer.sharding import Whole, blocks_of, give_up_gathered, hold_until_last, local, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
 from outrider.trainer.varlen import VARLEN, bounds_of
 
@@ -64,6 +64,8 @@ class Policy:
         self.config = load_config(config, source)
         #: How far rollouts of one prompt may share a row; what the policy can do, its reference can do as well.
         self.sharing: Sharing | None = None
+        #: Whether weights are gathered from shares, and then stay gathered over the micro-batches of a step.
+        self._sharded, self._holds = False, False
         #: Whether micro-batches are flat.
         self.flat = False
         self._may_be_flat = config.attn_impl == "varlen" or (
@@ -82,6 +84,7 @@ class Policy:
             whole = self._load_and_check(config, source, dtype, trainable, ranks)
             self._use(make_empty(config, self.config, dtype), config, trainable)
             shard(self._whole, mesh, compute if compute != torch.float32 else None, config.fsdp_cpu_offload)
+            self._sharded, self._holds = True, mesh.size() == 1 and not config.fsdp_cpu_offload
             fill(self.model, whole, ranks, device, config.fsdp_cpu_offload)
         self.device = device
         if self.flat:
@@ -146,6 +149,16 @@ class Policy:
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole weights by name."""
         return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before a forward and backward pass; last: of those whose gradients one optimizer step takes."""
+        if self._holds:
+            hold_until_last(self._whole, last)
+
+    def end_step(self) -> None:
+        """Before the optimizer changes the weights."""
+        if self._sharded:
+            give_up_gathered(self._whole)
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities of the trained tokens; float32 [tokens]. With shards, all ranks call it as often."""

@@ -31,10 +31,12 @@ def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, off
     """Block by block, then the rest. mesh: one dimension, or copies x shards. compute_dtype: in which parameters are
     gathered, None for their own. offload: shares, gradients and optimizer state stay in host memory. Gradients are
     added up in float32, and not averaged: the loss is divided by the counts of all ranks already."""
+    # One rank that has all rows gains nothing by giving up what it has gathered, before the optimizer changes it.
+    giving_up = mesh.size() > 1 or offload
     keep = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(whole.model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=keep)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=keep, reshard_after_forward=giving_up)
     fully_shard(whole, mesh=mesh, mp_policy=policy, offload_policy=keep)
     for module in whole.modules():
         if isinstance(module, FSDPModule):
@@ -42,6 +44,22 @@ def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, off
             module.set_force_sum_reduction_for_comms(True)
             if hasattr(module, "set_reduce_scatter_unused_params"):  # from PyTorch 2.12 on
                 module.set_reduce_scatter_unused_params(True)  # one rank's tokens may leave some unused, another's not
+
+
+def hold_until_last(whole: Whole, last: bool) -> None:
+    """For one rank that has all rows: what a step's micro-batches gather stays until the last one's backward pass, and
+    gradients are added up where they are made, in float32, until then. last: whether the next micro-batch is that."""
+    assert isinstance(whole, FSDPModule)
+    whole.set_reshard_after_backward(last)
+    whole.set_requires_gradient_sync(last)
+
+
+def give_up_gathered(whole: Whole) -> None:
+    """Weights are gathered anew when they are next used. Before they are changed: passes without gradients leave some
+    gathered, which would be the old ones then."""
+    for module in whole.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:

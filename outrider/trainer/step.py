@@ -96,10 +96,12 @@ class StepComputer:
         gap_max = torch.zeros((), device=self.policy.device)
         for number, rows in enumerate(work.rounds):
             micro = self._collate(work, rows, clock)
+            self.policy.begin_micro_batch(last=number == len(work.rounds) - 1)
             found, largest = self._backward(micro, work, number)
             if rows is not None:
                 sums += found
                 gap_max = torch.maximum(gap_max, largest)
+        self.policy.end_step()
         if not work.rounds:
             self._zero_gradient()
         loss, clip_low, clip_high, kl, gap, corrected, entropy, tokens = self.ranks.sum(sums).tolist()
