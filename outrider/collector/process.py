@@ -63,11 +63,12 @@ log = logging.getLogger(__name__)
 FILES = 65536
 
 
-def main(endpoint: str) -> int:
-    """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens."""
+def main(endpoint: str, trainer: int) -> int:
+    """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens. trainer: its process
+    id, which is 1 in many a container."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     die_with_parent()
-    if os.getppid() == 1:
+    if os.getppid() != trainer:
         return 1  # the trainer was gone before the kernel knew whom to watch
     # Ctrl-C reaches the whole terminal group; when to stop is the trainer's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -289,4 +290,4 @@ def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, s
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

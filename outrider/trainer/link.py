@@ -76,7 +76,7 @@ class CollectorLink:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         for name in _RANK:  # the collector, and with it a user's reward functions, is no rank of the trainer
             environment.pop(name, None)
-        command = [sys.executable, "-m", "outrider.collector.process", self._endpoint]
+        command = [sys.executable, "-m", "outrider.collector.process", self._endpoint, str(os.getpid())]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
         # A message to nobody would wait for ever: the child may have died before it got as far as to connect.
         while not self._socket.poll(int(_POLL * 1000), zmq.POLLOUT):
