@@ -15,13 +15,12 @@ import msgspec
 
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
+from outrider.contract.lines import receive, send
 
 #: Seconds for all nodes to come, those after which one says that it waits, and those between two attempts.
 DEADLINE = 600.0
 PATIENCE = 15.0
 AGAIN = 0.5
-#: Bytes of the longest message.
-_LONGEST = 4096
 
 
 class Arrival(msgspec.Struct, tag="outrider node"):
@@ -117,14 +116,14 @@ class Host:
 
     def _meet(self, connection: socket.socket) -> None:
         try:
-            guest = msgspec.json.decode(_received(connection), type=Arrival)
-        except (OSError, msgspec.MsgspecError):  # a stranger
+            [guest] = receive(connection, Arrival)
+        except (OSError, ValueError):  # a stranger
             connection.close()
             return
         other = self._present.get(guest.node)
         if problem := _disagreement(self.placement, guest, None if other is None else other[1]):
             with contextlib.suppress(OSError):
-                _send(connection, Answer(problem=problem))
+                send(connection, Answer(problem=problem))
             connection.close()
             self._tell(Answer(problem=problem))
             raise UserError(problem)
@@ -133,7 +132,7 @@ class Host:
     def _tell(self, answer: Answer) -> None:
         for connection, _ in self._present.values():
             with contextlib.suppress(OSError):  # it has left, which is heard next
-                _send(connection, answer)
+                send(connection, answer)
 
 
 class Guest:
@@ -180,15 +179,14 @@ class Guest:
         try:
             # The host, which is this thread, need not accept for that.
             self._connection = socket.create_connection((self.placement.address, self.placement.port), 3.0)
-            _send(self._connection, arrival)
+            send(self._connection, arrival)
             self._problem = "it does not answer"
         except OSError as error:
             self._away(str(error.strerror or error))
 
     def _hear(self, connection: socket.socket) -> None:
         try:
-            for line in _received(connection).splitlines():
-                answer = msgspec.json.decode(line, type=Answer)
+            for answer in receive(connection, Answer):
                 if answer.problem is not None:
                     raise UserError(answer.problem)
                 self._missing, self.may_go = answer.missing, not answer.missing
@@ -218,19 +216,3 @@ def _disagreement(placement: Placement, guest: Arrival, other: Arrival | None) -
     if other is not None:
         return f"NODE_RANK={guest.node} was given to {other.host} and to {guest.host}: give each node its own"
     return None
-
-
-def _send(connection: socket.socket, message: msgspec.Struct) -> None:
-    connection.sendall(msgspec.json.encode(message) + b"\n")
-
-
-def _received(connection: socket.socket) -> bytes:
-    """What has come, whole lines. Raises OSError when the other side has left."""
-    connection.settimeout(3.0)
-    data = b""
-    while not data.endswith(b"\n") and len(data) < _LONGEST:
-        more = connection.recv(_LONGEST)
-        if not more:
-            raise ConnectionResetError(104, "it closed the connection")
-        data += more
-    return data

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from outrider.contract.lifetime import die_with_parent
 from outrider.trainer.clock import StepClock
 from outrider.trainer.orders import End, Gather, Load, Open, Step, decode
 from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
@@ -30,7 +29,6 @@ class Follower:
 
     def run(self) -> int:
         """Until rank 0 says that the run has ended. Raises UserError."""
-        die_with_parent(signal.SIGTERM)
         # What becomes of the step is for rank 0 to say, which has heard it as well.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with self.closers:

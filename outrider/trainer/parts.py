@@ -13,6 +13,7 @@ from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import make_optimizer
 from outrider.trainer.plan import loss_spec
 from outrider.trainer.ranks import Ranks
+from outrider.trainer.sharing import Sharing
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.step import StepComputer
 from outrider.weights.publish import Publisher
@@ -38,6 +39,8 @@ def load_parts(spec: TrainerSpec, ranks: Ranks, checkpoint: Path | None) -> Part
     chunk = spec.loss.logprob_chunk_size
     policy = Policy(spec.model, source, spec.temperature, chunk, trainable=True)
     if ranks.mesh is not None:
+        # Rounding differs between machines, and all must lay out the same rows.
+        policy.sharing = msgspec.json.decode(ranks.gather(msgspec.json.encode(policy.sharing))[0], type=Sharing | None)
         policy.shard(ranks.mesh)  # before the next model is loaded whole
     reference = None
     if spec.loss.beta > 0:

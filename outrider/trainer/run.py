@@ -48,6 +48,7 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     prepare(spec)
     ranks = Ranks()
     try:
+        ranks.watch(spec.run.heartbeat_timeout)
         compare_settings(ranks, spec.configuration)
         if ranks.leads:
             status = Trainer(spec, Path(spec.run.output_dir), ranks).run(collector)
@@ -55,9 +56,11 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
             status = Follower(spec, ranks).run()
         ranks.close()  # not after an error: it might wait for what does not come
         return status
-    except RuntimeError as error:
+    except Exception as error:
         if not (lost := lost_connection(error)):
+            ranks.fail(error)
             raise
+        ranks.await_verdict()
         print(f"outrider: rank {ranks.rank} on node {ranks.node}: another rank is gone: {lost}", file=sys.stderr)
         return 1
 
@@ -94,6 +97,7 @@ class Trainer:
             lambda: self.panel.notice("stopping after this step; once more to stop now, without saving"),
             self._abandon,
         )
+        ranks.when_lost(self._abandon)
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         self.closers = contextlib.ExitStack()
         self.started: float | None = None
@@ -323,8 +327,8 @@ class Trainer:
         )
 
     def _abandon(self) -> None:
-        """Leave no process, no shared memory and no hidden cursor behind. Runs in a signal handler, whatever the
-        trainer was doing: nothing here waits for a thread of the trainer's own."""
+        """Leave no process, no shared memory and no hidden cursor behind. Runs in a signal handler, or beside
+        the trainer, whatever it was doing: nothing here waits for a thread of the trainer's own."""
         self.panel.stop()
         self.link.kill()
         for index in range(BUFFERS):

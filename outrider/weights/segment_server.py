@@ -54,10 +54,14 @@ class SegmentServer:
 
 def own_address(server_url: str) -> str:
     """The address of this host as a server sees it: the one from which it would be reached."""
-    host, port = urlsplit(server_url).hostname or "127.0.0.1", urlsplit(server_url).port or 80
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+    return address_towards(urlsplit(server_url).hostname or "127.0.0.1")
+
+
+def address_towards(host: str) -> str:
+    """The address of this host from which ``host`` would be reached. Raises OSError when there is no way there."""
+    family = socket.getaddrinfo(host, 80, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing: it only chooses a route
+        probe.connect((host, 80))  # sends nothing: it only chooses a route
         return str(probe.getsockname()[0])
 
 
