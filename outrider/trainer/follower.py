@@ -3,17 +3,25 @@
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from outrider.trainer.clock import StepClock
 from outrider.trainer.orders import End, Gather, Load, Open, Step, decode
-from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
+from outrider.trainer.parts import (
+    Description,
+    Parts,
+    load_parts,
+    make_publisher,
+    serve_weight_node,
+    weight_node,
+)
 from outrider.trainer.ranks import Ranks
 from outrider.trainer.saving import gather
 from outrider.trainer.spec import TrainerSpec
 from outrider.weights.publish import Publisher
-from outrider.weights.segment_server import own_address, serve_in_thread
+from outrider.weights.segment_server import outward_address, serve_in_thread
 
 
 class Follower:
@@ -48,8 +56,10 @@ class Follower:
                         self.publisher.publish(version)
                     case Gather(optimizer=optimizer):
                         gather(self.parts.policy.model, self.parts.optimizer if optimizer else None, keep=False)
-                    case End():
-                        return 0
+                    case End(status=status):
+                        if status not in (0, 130) and self.ranks.node > 0 and self.ranks.local_rank == 0:
+                            print("outrider: the run has ended; node 0 says why", file=sys.stderr)
+                        return status
 
     def _open(self, order: Open) -> None:
         """Segments of this rank, served where rank 0's host does not."""
@@ -63,13 +73,11 @@ class Follower:
 
     def _serve(self, order: Open) -> str:
         """The URL under which servers reach this node's segments; its first rank serves them."""
-        name = f"{self.run_id}/node {self.ranks.node}"
         if self.ranks.local_rank > 0:
-            return self.ranks.see(name)
-        server = urlsplit(order.server_url).hostname or ""
-        # A server on rank 0's own host is known there under an address that means another host here.
-        towards = os.environ["MASTER_ADDR"] if server in ("localhost", "127.0.0.1", "::1") else server
-        url, stop = serve_in_thread(own_address(f"http://{towards}:80"), order.key, self.run_id)
+            return weight_node(self.ranks, self.run_id, self.ranks.node).url
+        # A server on rank 0's own host is known there under an address that means this host here, if anything.
+        address = outward_address(urlsplit(order.server_url).hostname or "", os.environ["MASTER_ADDR"])
+        url, stop = serve_in_thread(address, order.key, self.run_id)
         self.closers.callback(stop)
-        self.ranks.put(name, url)
+        serve_weight_node(self.ranks, self.run_id, url)
         return url

@@ -25,8 +25,11 @@ from outrider.contract.feed import (
     Notice,
     PoolStatus,
     Published,
+    Reach,
+    Reached,
     Ready,
     Stop,
+    WeightNode,
 )
 from outrider.contract.manifest import Manifest
 from outrider.observe.panel import Panel
@@ -55,6 +58,7 @@ class CollectorLink:
         self._batches: deque[Batch] = deque()
         self._evaluations: deque[EvalResult] = deque()
         self._ready: Ready | None = None
+        self._reached = False
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromCollector).decode
         self._process: subprocess.Popen[bytes] | None = None
@@ -100,6 +104,13 @@ class CollectorLink:
         self._wait(lambda: self._ready is not None, "the collector to find servers and data", deadline)
         assert self._ready is not None
         return self._ready
+
+    def check_reach(self, nodes: list[WeightNode], deadline: float) -> None:
+        """Have servers find out whether they can fetch weights from these nodes. deadline: seconds. Raises UserError
+        where one cannot, Interrupted."""
+        if nodes:
+            self.send(Reach(nodes=nodes))
+            self._wait(lambda: self._reached, "the servers to reach the weights of all nodes", deadline)
 
     def batch(self) -> Batch:
         """The next batch, waiting as long as the collector lives and speaks. Raises UserError, Interrupted."""
@@ -207,5 +218,7 @@ class CollectorLink:
                 self._panel.notice(text)
             case Ready() as ready:
                 self._ready = ready
+            case Reached():
+                self._reached = True
             case Failure(message=message):
                 raise UserError(message)

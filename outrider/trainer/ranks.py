@@ -88,6 +88,11 @@ class Ranks:
         """Whether there are ranks elsewhere; those of one node are watched by whoever has started them."""
         return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
+    @property
+    def nodes(self) -> int:
+        """How many there are."""
+        return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
     def watch(self, silence: float) -> None:
         """Notice from now on when a rank on another node is gone. silence: seconds after which a host that answers
         nothing is. Raises UserError."""

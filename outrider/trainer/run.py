@@ -28,7 +28,7 @@ from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import load_config, load_tokenizer
 from outrider.trainer.optimizer import learning_rate
 from outrider.trainer.orders import End, Load, Open, Step, encode
-from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
+from outrider.trainer.parts import Description, Parts, load_parts, make_publisher, weight_nodes
 from outrider.trainer.plan import planned_steps
 from outrider.trainer.ranks import Ranks, lost_connection
 from outrider.trainer.recording import eval_record, step_record
@@ -40,6 +40,8 @@ from outrider.weights.segments import remove_stale_segments, segment_path
 
 #: Seconds for servers to hold a version and answer all held-out prompts.
 EVALUATION_DEADLINE = 3600.0
+#: Seconds for servers to try to reach every node of the trainer.
+REACH_DEADLINE = 150.0
 
 
 def train(spec: TrainerSpec, collector: bytes) -> int:
@@ -88,6 +90,7 @@ class Trainer:
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, ranks: Ranks) -> None:
         self.spec, self.output_dir, self.ranks = spec, output_dir, ranks
+        self.status = 2
         self.step = 0
         self.max_steps = 0
         self.time_before = 0.0
@@ -108,11 +111,12 @@ class Trainer:
         try:
             self.link.start(collector)
             self.load()
-            return self.train()
+            self.status = self.train()
         except Interrupted:
-            return self.stopped_by_user()
+            self.status = self.stopped_by_user()
         finally:
             self.close()
+        return self.status
 
     # ---- getting ready -----------------------------------------------------------------------------------------
 
@@ -155,6 +159,7 @@ class Trainer:
                 policy, dtype, spec.run_id, segment_url, lambda part: self.link.announce(description.whole(part))
             )
         self.closers.callback(self.publisher.close)
+        self.link.check_reach(weight_nodes(self.ranks, spec.run_id, segment_url), REACH_DEADLINE)
         self._publish()
 
     def _panel(self, plain: bool) -> Panel:
@@ -337,7 +342,7 @@ class Trainer:
     def close(self) -> None:
         """End the collector, wait for what is being saved, remove the segments, put the terminal back."""
         self.panel.stop()
-        self.ranks.end(encode(End()))
+        self.ranks.end(encode(End(self.status)))
         self.link.stop("the run has ended")
         self.closers.close()
         self.interrupt.restore()
