@@ -3,18 +3,19 @@
 import math
 from collections.abc import Set
 
+from outrider.cli.placement import Placement
 from outrider.cli.train_config import Resolved, TrainConfig
 from outrider.cli.values import as_text
 from outrider.contract.options import Section
 
 
-def describe(config: TrainConfig, resolved: Resolved) -> str:
+def describe(config: TrainConfig, resolved: Resolved, placement: Placement) -> str:
     """The configuration by section, then what follows from it. A star marks what was given."""
     sections = {
         name: section for name in TrainConfig.__struct_fields__ if isinstance(section := getattr(config, name), Section)
     }
     blocks = [describe_section(name, section, config.given) for name, section in sections.items()]
-    return "\n\n".join([*blocks, _consequences(config, resolved)])
+    return "\n\n".join([*blocks, _consequences(config, resolved, placement)])
 
 
 def describe_section(title: str, section: Section, given: Set[str] = frozenset()) -> str:
@@ -27,10 +28,11 @@ def describe_section(title: str, section: Section, given: Set[str] = frozenset()
     return "\n".join(lines)
 
 
-def _consequences(config: TrainConfig, resolved: Resolved) -> str:
+def _consequences(config: TrainConfig, resolved: Resolved, placement: Placement) -> str:
     clip = f"{1 - resolved.epsilon_low:g} to {1 + resolved.epsilon_high:g}"
     lines = [
         "what follows",
+        f"    {_processes(placement)}",
         f"    {_batch(config, resolved)}; {_steps(config, resolved)}; {_micro_batches(config, resolved)}",
         f"    {_staleness(resolved.max_staleness, resolved.groups_per_batch)}",
         f"    correction: {resolved.correction_mode}; clip range: {clip}",
@@ -40,6 +42,13 @@ def _consequences(config: TrainConfig, resolved: Resolved) -> str:
         *(f"    warning: {warning}" for warning in resolved.warnings),
     ]
     return "\n".join(lines)
+
+
+def _processes(placement: Placement) -> str:
+    total = _counted(placement.world_size, "process", "processes")
+    if placement.nodes > 1:
+        total = f"{placement.nodes} nodes x {placement.processes} = {total}, this is node {placement.node}"
+    return f"{total} ({placement.why})" if placement.why else total
 
 
 def _batch(config: TrainConfig, resolved: Resolved) -> str:

@@ -12,20 +12,21 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
 
+from outrider.cli.muster import muster
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
 from outrider.weights.segments import remove_stale_segments
 
-#: Seconds for all nodes to come, and those after which one says that it waits.
-RENDEZVOUS = 600
-PATIENCE = 15.0
+#: Seconds for torch's own rendezvous, when all nodes have met.
+RENDEZVOUS = 120
 
 
 def launch(placement: Placement, command: list[str]) -> int:
     """Run ``command``, a module and its arguments, as ranks; the exit status of the first of them that failed, or 0.
     Raises UserError when the other nodes do not come."""
+    if placement.nodes > 1:
+        muster(placement)
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -43,49 +44,65 @@ def launch(placement: Placement, command: list[str]) -> int:
         signals_to_handle="SIGQUIT",
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says of failures is said below
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _hand_on)
-    patience = threading.Timer(PATIENCE, _tell_of_waiting, [placement])
-    patience.daemon = True
-    patience.start()
+    signals = Signals()
     try:
         elastic_launch(config, sys.executable)("-m", *command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode in (2, 130):  # it has said what there is to say
             return int(failure.exitcode)
+        if signals.last is not None and failure.exitcode in (-signals.last, -signal.SIGTERM):
+            return 128 + signals.last
         died = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
-        raise UserError(
+        text = (
             f"rank {rank} on node {placement.node} ended with {died}, and the run with it; go on with "
             "--resume_from_checkpoint auto"
-        ) from None
+        )
+        if failure.exitcode == 1:  # it has said why
+            print(f"outrider: {text}", file=sys.stderr)
+            return 1
+        raise UserError(text) from None
     except (DistStoreError, DistNetworkError, TimeoutError) as error:
         raise UserError(
             f"node {placement.node} of {placement.nodes} could not join the others at {placement.address}:"
-            f"{placement.port} within {RENDEZVOUS} s: is NODE_RANK 0 there, are all nodes started, is the port free "
-            f"there, and open between them? ({str(error).splitlines()[0]})"
+            f"{placement.port} within {RENDEZVOUS} s, though all had met there: has one of them ended since? "
+            f"({str(error).splitlines()[0]})"
         ) from error
     finally:
-        patience.cancel()
         remove_stale_segments()  # of ranks that were killed
     return 0
 
 
-def _tell_of_waiting(placement: Placement) -> None:
-    if not _ranks():
-        print(
-            f"outrider: node {placement.node} of {placement.nodes} waits at {placement.address}:{placement.port} for "
-            f"the other nodes, up to {RENDEZVOUS} s",
-            file=sys.stderr,
-            flush=True,
-        )
+class Signals:
+    """Hands signals on to the ranks, from a thread: the main one may be in a call of torch that does not return before
+    its deadline, and Python's handlers would wait for it."""
 
+    def __init__(self) -> None:
+        #: The last signal.
+        self.last: int | None = None
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
 
-def _hand_on(number: int, frame: FrameType | None) -> None:
-    """To the first rank, where it is on this node; else all end: without this node there is no run."""
-    ranks = _ranks()
-    for pid in [ranks["0"]] if "0" in ranks else ranks.values():
-        os.kill(pid, number if number == signal.SIGINT and "0" in ranks else signal.SIGTERM)
+    def _watch(self, reading: int) -> None:
+        while True:
+            for number in os.read(reading, 64):
+                if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    self._hand_on(number)
+
+    def _hand_on(self, number: int) -> None:
+        """To the first rank, where it is on this node; else all end: without this node there is no run."""
+        ranks = _ranks()
+        self.last, leads = number, "0" in ranks
+        if not ranks:
+            print("outrider: stopped before the run had begun", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        for pid in [ranks["0"]] if leads else ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number if number == signal.SIGINT and leads else signal.SIGTERM)
 
 
 def _ranks() -> dict[str, int]:

@@ -1,8 +1,9 @@
 """How many processes a run has and where this one stands among them, from the environment. Imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from outrider.cli.gpus import visible_gpus
 from outrider.contract.errors import UserError
 
 #: torchrun's port where none is given.
@@ -12,7 +13,8 @@ MASTER_PORT = 29500
 @dataclass(frozen=True)
 class Placement:
     """launches: this process is to start ``processes`` ranks on this node, number ``node`` of ``nodes``; otherwise it
-    is one of them, or all that there is. address, port: where rank 0 is found, port 0 for any that is free."""
+    is one of them, or all that there is. address, port: where rank 0 is found, port 0 for any that is free. why: there
+    are so many, in words."""
 
     world_size: int
     launches: bool = False
@@ -21,22 +23,31 @@ class Placement:
     processes: int = 1
     address: str = "127.0.0.1"
     port: int = 0
+    why: str = field(default="", compare=False)
 
 
-def find_placement(environment: Mapping[str, str]) -> Placement:
-    """From NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT, or what torchrun has made of them.
-    UserError where they are wrong."""
+def find_placement(
+    environment: Mapping[str, str], gpus: Callable[[Mapping[str, str]], int] = visible_gpus
+) -> Placement:
+    """From NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT, or what torchrun has made of them. Without
+    NPROC_PER_NODE a node has one process for each GPU that it shows, and one without GPUs. UserError where they are
+    wrong."""
     if "WORLD_SIZE" in environment and "LOCAL_RANK" in environment:  # torchrun has started this one
-        return Placement(_count(environment, "WORLD_SIZE"))
-    nodes, processes = _count(environment, "NNODES"), _count(environment, "NPROC_PER_NODE")
-    if nodes * processes == 1 and _count(environment, "WORLD_SIZE") > 1:
+        return Placement(_count(environment, "WORLD_SIZE"), why="torchrun has started them")
+    nodes, asked = _count(environment, "NNODES"), _count(environment, "NPROC_PER_NODE")
+    if nodes * asked == 1 and _count(environment, "WORLD_SIZE") > 1:
         raise UserError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} and LOCAL_RANK is not set, so torchrun has not started this "
             "process: set NNODES, NODE_RANK and NPROC_PER_NODE instead (clusters that set WORLD_SIZE and RANK mean "
             "nodes by them)"
         )
+    if "NPROC_PER_NODE" in environment:
+        processes, why = asked, f"NPROC_PER_NODE={asked}"
+    else:
+        shown = gpus(environment)
+        processes, why = max(shown, 1), f"GPUs shown here: {shown}; NPROC_PER_NODE says otherwise"
     if nodes * processes == 1:
-        return Placement(1)
+        return Placement(1, why=why)
     node = _node(environment, nodes)
     address = environment.get("MASTER_ADDR", "")
     if nodes > 1 and not address:
@@ -44,7 +55,7 @@ def find_placement(environment: Mapping[str, str]) -> Placement:
             f"NNODES={nodes} and MASTER_ADDR is not set: set it on all nodes to the address of the one with NODE_RANK=0"
         )
     port = _port(environment) if nodes > 1 or "MASTER_PORT" in environment else 0
-    return Placement(nodes * processes, True, nodes, node, processes, address or "127.0.0.1", port)
+    return Placement(nodes * processes, True, nodes, node, processes, address or "127.0.0.1", port, why)
 
 
 def _node(environment: Mapping[str, str], nodes: int) -> int:

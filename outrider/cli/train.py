@@ -34,7 +34,7 @@ def start(config: TrainConfig, command: list[str]) -> int:
     resolved = resolve(config, placement.world_size)
     if config.run.dry_run:
         if is_first_process(os.environ):
-            show(describe(config, resolved))
+            show(describe(config, resolved, placement))
         return 0
     if placement.launches:
         from outrider.cli.launch import launch

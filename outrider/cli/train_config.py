@@ -67,8 +67,8 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 
 TRAIN = FlagSet(
     "outrider train",
-    "Trains a model with GRPO on rollouts of servers that 'outrider rollout' started. Run it as it is for one "
-    "process; NPROC_PER_NODE and NNODES in the environment ask for several, and torchrun may start them, too.",
+    "Trains a model with GRPO on rollouts of servers that 'outrider rollout' started. It is one process for each GPU "
+    "that is visible, or NPROC_PER_NODE of them, on each of NNODES nodes; torchrun may start them, too.",
     (
         ModelConfig,
         ServersConfig,

@@ -9,7 +9,15 @@ import msgspec
 
 from outrider.collector.answers import ACCEPT, read_answer
 from outrider.contract import routes
-from outrider.contract.control import CommitRequest, Inflight, ServerInfo, StageRequest, WeightStatus
+from outrider.contract.control import (
+    CommitRequest,
+    Inflight,
+    ReachAnswer,
+    ReachRequest,
+    ServerInfo,
+    StageRequest,
+    WeightStatus,
+)
 from outrider.contract.generation import CompletionRequest
 from outrider.contract.manifest import Manifest
 from outrider.environments.base import Completion
@@ -21,6 +29,7 @@ Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 #: Deadlines of control requests, seconds. A stage moves a whole model, and a commit may wait for what is in flight.
 INFO_TIMEOUT = 5.0
+REACH_TIMEOUT = 30.0
 STAGE_TIMEOUT = 600.0
 COMMIT_TIMEOUT: dict[Inflight, float] = {"keep": 60.0, "recompute": 60.0, "wait": 3600.0}
 
@@ -103,6 +112,11 @@ class ServerClient:
     async def status(self) -> WeightStatus:
         """The state of its weights. Raises ServerLost or Refused."""
         return await self._ask("GET", routes.STATUS, None, WeightStatus, INFO_TIMEOUT)
+
+    async def reach(self, url: str, run_id: str) -> str | None:
+        """Why weights of ``run_id`` could not be fetched from a node at ``url``. Raises ServerLost or Refused."""
+        body = ReachRequest(url=url, run_id=run_id)
+        return (await self._ask("POST", routes.REACH, body, ReachAnswer, REACH_TIMEOUT)).problem
 
     async def stage(self, manifest: Manifest) -> WeightStatus:
         """Have a version fetched. Raises ServerLost or Refused."""

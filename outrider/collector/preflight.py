@@ -2,13 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from outrider.collector.client import Refused, ServerClient, ServerLost
+from outrider.collector.server import Server
 from outrider.contract.control import Inflight, ServerInfo
 from outrider.contract.errors import UserError
+from outrider.contract.feed import WeightNode
 from outrider.contract.keys import KEY_VARIABLE, key_file
+
+#: How often a server is asked to try, where it fails.
+REACH_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,39 @@ async def wait_for_server(
         except Refused as error:
             raise UserError(_refusal(client.url, error, given_key)) from error
         await asyncio.sleep(0.3)
+
+
+async def check_reach(servers: Sequence[Server], nodes: Sequence[WeightNode], run_id: str) -> None:
+    """Whether every server can fetch weights from every node of the trainer that it shares no memory with. Raises
+    UserError naming the first that cannot."""
+    pairs = [(server, node) for server in servers for node in nodes if server.info and server.info.host != node.host]
+    problems = await asyncio.gather(*(_problem(server.client, node.url, run_id) for server, node in pairs))
+    for (server, node), problem in zip(pairs, problems, strict=True):
+        if problem is not None:
+            raise UserError(
+                f"server {server.url} cannot fetch weights from node {node.node} of the trainer ({node.name}) at "
+                f"{node.url}: {problem}. Servers on other hosts read weights from every node: let them connect to it "
+                "(its port is another one in every run)"
+                + (", or give the address under which they reach node 0 by --weight_host" if node.node == 0 else "")
+            )
+
+
+async def _problem(client: ServerClient, url: str, run_id: str) -> str | None:
+    problem: str | None = None
+    for attempt in range(REACH_ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(1.0)
+        try:
+            problem = await client.reach(url, run_id)
+        except ServerLost:  # which is its keeper's to find out
+            continue
+        except Refused as error:
+            if error.status == 404:  # it is older than this question
+                return None
+            problem = error.message
+        if problem is None:
+            break
+    return problem
 
 
 def _unreachable(client: ServerClient, timeout: float, problem: str) -> str:

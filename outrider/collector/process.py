@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 import zmq
@@ -24,7 +25,7 @@ from outrider.collector.evaluation import Evaluation
 from outrider.collector.keeper import Keeper, watch_pool
 from outrider.collector.ledger import Ledger
 from outrider.collector.pool import Pool
-from outrider.collector.preflight import Expected, check_server, wait_for_server
+from outrider.collector.preflight import Expected, check_reach, check_server, wait_for_server
 from outrider.collector.prompts import PromptSet
 from outrider.collector.pruning import Pruner
 from outrider.collector.server import Server
@@ -49,15 +50,18 @@ from outrider.contract.feed import (
     Kept,
     Notice,
     Published,
+    Reach,
+    Reached,
     Ready,
     Stop,
+    WeightNode,
 )
 from outrider.contract.identity import host_identity
 from outrider.contract.keys import client_key
 from outrider.contract.lifetime import die_with_parent
 from outrider.contract.manifest import DTypeName, Manifest
 from outrider.environments.single_turn import SingleTurn
-from outrider.weights.segment_server import SegmentServer, own_address
+from outrider.weights.segment_server import SegmentServer, outward_address, own_address
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +69,12 @@ log = logging.getLogger(__name__)
 FILES = 65536
 
 
-def main(endpoint: str) -> int:
-    """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens."""
+def main(endpoint: str, trainer: int) -> int:
+    """Entry point of the child process. endpoint: ZeroMQ address on which the trainer listens. trainer: its process
+    id, which is 1 in many a container."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     die_with_parent()
-    if os.getppid() == 1:
+    if os.getppid() != trainer:
         return 1  # the trainer was gone before the kernel knew whom to watch
     # Ctrl-C reaches the whole terminal group; when to stop is the trainer's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -181,7 +186,7 @@ class CollectorProcess:
         self.send(ready(servers, train, held_out, segment_url))
         # Last in, first out: nothing is still at work when what it works with is closed.
         self.closers.push_async_callback(self._end_tasks)
-        await self._converse(self.collector, evaluation, pruner)
+        await self._converse(self.collector, evaluation, pruner, servers)
 
     async def _reach_servers(
         self, spec: CollectorSpec, expected: Expected, facts: TrainerFacts, key: str
@@ -214,11 +219,14 @@ class CollectorProcess:
         elsewhere = [server for server in servers if server.info and server.info.host != host_identity()]
         if not elsewhere:
             return ""
-        segments = SegmentServer(spec.servers.weight_host or own_address(elsewhere[0].url), key, spec.run_id)
+        address = spec.servers.weight_host or outward_address(*(urlsplit(s.url).hostname or "" for s in elsewhere))
+        segments = SegmentServer(address, key, spec.run_id)
         self.closers.push_async_callback(segments.stop)
         return await segments.start()
 
-    async def _converse(self, collector: Collector, evaluation: Evaluation | None, pruner: Pruner) -> None:
+    async def _converse(
+        self, collector: Collector, evaluation: Evaluation | None, pruner: Pruner, servers: list[Server]
+    ) -> None:
         """Follow the trainer until it says stop, or a task of ours fails."""
         while True:
             incoming = asyncio.ensure_future(self._incoming.get())
@@ -235,6 +243,8 @@ class CollectorProcess:
                     self._spawn(collector.run(first, end))
                 case Kept(step=step):
                     pruner.release(step)
+                case Reach(nodes=nodes):
+                    self._spawn(self._reach(servers, nodes, collector.spec.run_id))
                 case Published(manifest=manifest):
                     self.manifest = manifest
                     for keeper in self.keepers:
@@ -245,6 +255,10 @@ class CollectorProcess:
                     return
                 case other:
                     raise UserError(f"the trainer sent {type(other).__name__}, which has no meaning now")
+
+    async def _reach(self, servers: list[Server], nodes: list[WeightNode], run_id: str) -> None:
+        await check_reach(servers, nodes, run_id)
+        self.send(Reached())
 
     async def _evaluate(self, evaluation: Evaluation, step: int, version: int) -> None:
         self.send(await evaluation.run(step, version))
@@ -296,4 +310,4 @@ def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, s
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

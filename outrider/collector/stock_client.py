@@ -26,6 +26,7 @@ from outrider.contract.generation import CompletionRequest
 from outrider.contract.manifest import Manifest
 from outrider.environments.base import Completion, logprob_array, token_array
 from outrider.weights.nccl_orders import Connect, Load, Prepare, Send
+from outrider.weights.reach import unreachable
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class StockClient(ServerClient):
         """address: of this host, as the server reaches it."""
         super().__init__(url, key)
         self._facts, self._address = facts, address
-        self._link = NcclLink(key)
+        self._key, self._link = key, NcclLink(key)
         self._manifest: Manifest | None = None
         self._connected = False
         #: Version and run that the server holds; run "" when it holds none of ours.
@@ -115,6 +116,10 @@ class StockClient(ServerClient):
             await self._let_go()
         await self._link.close()
         await super().close()
+
+    async def reach(self, url: str, run_id: str) -> str | None:
+        """As :meth:`ServerClient.reach`; it is a process on this host that fetches, and hands on."""
+        return await asyncio.to_thread(unreachable, url, run_id, self._key)
 
     # ---- what it is --------------------------------------------------------------------------------------------
 

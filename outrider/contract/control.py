@@ -64,6 +64,20 @@ class WeightStatus(msgspec.Struct, kw_only=True):
     commit_seconds: float = 0.0
 
 
+class ReachRequest(msgspec.Struct, kw_only=True):
+    """Body of ``POST /outrider/weights/reach``: could weights of this run be fetched from a node of the trainer?
+    url: where the node serves segments."""
+
+    url: str
+    run_id: str
+
+
+class ReachAnswer(msgspec.Struct, kw_only=True):
+    """Its answer. problem: why they could not."""
+
+    problem: str | None
+
+
 class DrainStatus(msgspec.Struct, kw_only=True):
     """Answer of ``POST /outrider/drain``: the server takes no new request; ``running`` are still being served."""
 

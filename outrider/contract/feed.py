@@ -135,6 +135,10 @@ class Ready(msgspec.Struct, kw_only=True, tag="ready"):
     segment_url: str
 
 
+class Reached(msgspec.Struct, kw_only=True, tag="reached"):
+    """Every server can fetch weights from every node that it has been asked to."""
+
+
 class PoolStatus(msgspec.Struct, kw_only=True, tag="pool"):
     """What the collector does right now; sent about twice a second for the panel."""
 
@@ -174,6 +178,21 @@ class Kept(msgspec.Struct, kw_only=True, tag="kept"):
     step: int
 
 
+class WeightNode(msgspec.Struct, kw_only=True):
+    """A trainer's node. host: which memory it has; name: for people; url: where it serves its segments."""
+
+    node: int
+    host: str
+    name: str
+    url: str
+
+
+class Reach(msgspec.Struct, kw_only=True, tag="reach"):
+    """Find out whether servers can fetch weights from these nodes; answered by Reached, or Failure."""
+
+    nodes: list[WeightNode]
+
+
 class Published(msgspec.Struct, kw_only=True, tag="published"):
     """A version is ready to be staged by the servers."""
 
@@ -193,5 +212,5 @@ class Stop(msgspec.Struct, kw_only=True, tag="stop"):
     reason: str
 
 
-FromCollector: TypeAlias = Ready | Batch | EvalResult | PoolStatus | Notice | Failure
-FromTrainer: TypeAlias = Begin | Kept | Published | EvaluateRequest | Stop
+FromCollector: TypeAlias = Ready | Reached | Batch | EvalResult | PoolStatus | Notice | Failure
+FromTrainer: TypeAlias = Begin | Kept | Reach | Published | EvaluateRequest | Stop

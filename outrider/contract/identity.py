@@ -36,10 +36,15 @@ def tokenizer_hash(vocabulary: Mapping[str, int], special_ids: Mapping[str, int 
 
 
 def host_identity() -> str:
-    """Names the running kernel: two processes with the same identity may share memory under /dev/shm."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    """Names the memory under /dev/shm: two processes with the same identity share it. Two containers on one kernel
+    have one each, unless it is handed to both."""
+    boot_id, shared = Path("/proc/sys/kernel/random/boot_id"), Path("/dev/shm")
     try:
-        return boot_id.read_text().strip()
+        return (
+            f"{boot_id.read_text().strip()}-{shared.stat().st_dev:x}"
+            if shared.is_dir()
+            else boot_id.read_text().strip()
+        )
     except OSError:
         import platform
         import uuid

@@ -10,10 +10,11 @@ INFO = "/outrider/info"
 STAGE = "/outrider/weights/stage"
 COMMIT = "/outrider/weights/commit"
 STATUS = "/outrider/weights/status"
+REACH = "/outrider/weights/reach"
 DRAIN = "/outrider/drain"
 
 #: All of the above.
-SERVER_ROUTES = frozenset({COMPLETIONS, CHAT, MODELS, HEALTH, METRICS, INFO, STAGE, COMMIT, STATUS, DRAIN})
+SERVER_ROUTES = frozenset({COMPLETIONS, CHAT, MODELS, HEALTH, METRICS, INFO, STAGE, COMMIT, STATUS, REACH, DRAIN})
 
 #: Routes that answer without the API key, so that a supervisor can probe liveness without holding it.
 OPEN_ROUTES = frozenset({HEALTH})
@@ -22,5 +23,7 @@ OPEN_ROUTES = frozenset({HEALTH})
 #: run has taken over, answers 409 instead of sampling from the wrong weights.
 RUN_HEADER = "X-Outrider-Run"
 
-#: Where a trainer node serves the bytes of its published pieces to servers on other hosts.
+#: Where a trainer node serves the bytes of its published pieces to servers on other hosts, and where it says for which
+#: run it does.
 WEIGHT_SEGMENT = "/outrider/segments/{name}"
+WEIGHT_SEGMENTS = "/outrider/segments"

@@ -166,7 +166,10 @@ def run_trainer(command: list[str]) -> int:
     """Run the trainer in the foreground; its exit status. Ctrl-C is the trainer's to answer: it finishes its step."""
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        return subprocess.Popen(command, preexec_fn=functools.partial(die_with_parent, signal.SIGTERM)).wait()
+        # One process, however many GPUs there are: the batch is laid out for it.
+        environment = {"NPROC_PER_NODE": "1", **os.environ}
+        end_with_us = functools.partial(die_with_parent, signal.SIGTERM)
+        return subprocess.Popen(command, preexec_fn=end_with_us, env=environment).wait()
     finally:
         signal.signal(signal.SIGINT, before)
 

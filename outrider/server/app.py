@@ -19,6 +19,7 @@ from outrider.server.chat import Chats
 from outrider.server.completions import Completions
 from outrider.server.engine import Conflict, Engine, InvalidRequest, Unavailable
 from outrider.server.metrics import EngineCollector
+from outrider.server.reach import reaching
 from outrider.server.text import TextCodec
 
 
@@ -49,6 +50,7 @@ class ServerApp:
             (routes.STAGE, self.stage, "POST"),
             (routes.COMMIT, self.commit, "POST"),
             (routes.STATUS, self.status, "GET"),
+            (routes.REACH, reaching(key), "POST"),
             (routes.DRAIN, self.drain_route, "POST"),
         ]
         return contract_app(handlers, key, more)

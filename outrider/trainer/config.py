@@ -126,4 +126,7 @@ class RunConfig(Section):
         str | None, option("auto: the newest whole checkpoint of --output_dir; or the path of one")
     ] = None
     threads: Annotated[PositiveInt | None, option("CPU threads of the trainer (default: every core it may use)")] = None
+    heartbeat_timeout: Annotated[
+        float, option("Seconds without an answer of another node's host after which the run ends, naming it", ge=5)
+    ] = 45.0
     dry_run: Annotated[bool, option("Print the resolved configuration and the step arithmetic, and exit")] = False

@@ -3,22 +3,29 @@
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from outrider.contract.lifetime import die_with_parent
 from outrider.trainer.checkpoint import checkpoint_path
 from outrider.trainer.clock import StepClock
 from outrider.trainer.directories import unfinished_path
 from outrider.trainer.orders import End, Gather, Load, Open, Publish, Save, Step, Take, decode
-from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
+from outrider.trainer.parts import (
+    Description,
+    Parts,
+    load_parts,
+    make_publisher,
+    serve_weight_node,
+    weight_node,
+)
 from outrider.trainer.ranks import Ranks
 from outrider.trainer.saving import RowWriter
 from outrider.trainer.spec import TrainerSpec
 from outrider.trainer.spool import gathered
 from outrider.trainer.step import StepWork
 from outrider.weights.publish import Publisher
-from outrider.weights.segment_server import own_address, serve_in_thread
+from outrider.weights.segment_server import outward_address, serve_in_thread
 
 
 class Follower:
@@ -36,7 +43,6 @@ class Follower:
 
     def run(self) -> int:
         """Until rank 0 says that the run has ended. Raises UserError."""
-        die_with_parent(signal.SIGTERM)
         # What becomes of the step is for rank 0 to say, which has heard it as well.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with self.closers:
@@ -64,8 +70,10 @@ class Follower:
                     case Gather():
                         for _ in gathered(self.parts.policy.model):
                             pass  # rank 0 keeps it
-                    case End():
-                        return 0
+                    case End(status=status):
+                        if status not in (0, 130) and self.ranks.node > 0 and self.ranks.local_rank == 0:
+                            print("outrider: the run has ended; node 0 says why", file=sys.stderr)
+                        return status
 
     def _load(self, checkpoint: Path | None) -> None:
         self.parts = load_parts(self.spec, self.ranks, checkpoint)
@@ -85,13 +93,11 @@ class Follower:
 
     def _serve(self, order: Open) -> str:
         """The URL under which servers reach this node's segments; its first rank serves them."""
-        name = f"{self.run_id}/node {self.ranks.node}"
         if self.ranks.local_rank > 0:
-            return self.ranks.see(name)
-        server = urlsplit(order.server_url).hostname or ""
-        # A server on rank 0's own host is known there under an address that means another host here.
-        towards = os.environ["MASTER_ADDR"] if server in ("localhost", "127.0.0.1", "::1") else server
-        url, stop = serve_in_thread(own_address(f"http://{towards}:80"), order.key, self.run_id)
+            return weight_node(self.ranks, self.run_id, self.ranks.node).url
+        # A server on rank 0's own host is known there under an address that means this host here, if anything.
+        address = outward_address(urlsplit(order.server_url).hostname or "", os.environ["MASTER_ADDR"])
+        url, stop = serve_in_thread(address, order.key, self.run_id)
         self.closers.callback(stop)
-        self.ranks.put(name, url)
+        serve_weight_node(self.ranks, self.run_id, url)
         return url

@@ -25,8 +25,11 @@ from outrider.contract.feed import (
     Notice,
     PoolStatus,
     Published,
+    Reach,
+    Reached,
     Ready,
     Stop,
+    WeightNode,
 )
 from outrider.contract.manifest import Manifest
 from outrider.observe.panel import Panel
@@ -55,6 +58,7 @@ class CollectorLink:
         self._batches: deque[Batch] = deque()
         self._evaluations: deque[EvalResult] = deque()
         self._ready: Ready | None = None
+        self._reached = False
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromCollector).decode
         self._process: subprocess.Popen[bytes] | None = None
@@ -76,7 +80,7 @@ class CollectorLink:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         for name in _RANK:  # the collector, and with it a user's reward functions, is no rank of the trainer
             environment.pop(name, None)
-        command = [sys.executable, "-m", "outrider.collector.process", self._endpoint]
+        command = [sys.executable, "-m", "outrider.collector.process", self._endpoint, str(os.getpid())]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
         # A message to nobody would wait for ever: the child may have died before it got as far as to connect.
         while not self._socket.poll(int(_POLL * 1000), zmq.POLLOUT):
@@ -100,6 +104,13 @@ class CollectorLink:
         self._wait(lambda: self._ready is not None, "the collector to find servers and data", deadline)
         assert self._ready is not None
         return self._ready
+
+    def check_reach(self, nodes: list[WeightNode], deadline: float) -> None:
+        """Have servers find out whether they can fetch weights from these nodes. deadline: seconds. Raises UserError
+        where one cannot, Interrupted."""
+        if nodes:
+            self.send(Reach(nodes=nodes))
+            self._wait(lambda: self._reached, "the servers to reach the weights of all nodes", deadline)
 
     def batch(self) -> Batch:
         """The next batch, waiting as long as the collector lives and speaks. Raises UserError, Interrupted."""
@@ -207,5 +218,7 @@ class CollectorLink:
                 self._panel.notice(text)
             case Ready() as ready:
                 self._ready = ready
+            case Reached():
+                self._reached = True
             case Failure(message=message):
                 raise UserError(message)

@@ -55,7 +55,9 @@ class Gather(msgspec.Struct, tag="gather"):
 
 
 class End(msgspec.Struct, tag="end"):
-    """The run has ended."""
+    """The run has ended, with this exit status on all ranks."""
+
+    status: int
 
 
 Order = Load | Open | Take | Step | Publish | Save | Gather | End

@@ -1,5 +1,6 @@
 """What every rank of a run has: its share of the model and of the optimizer's state, and its segments."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import msgspec
 import torch
 
+from outrider.contract.feed import WeightNode
+from outrider.contract.identity import host_identity
 from outrider.contract.manifest import DTypeName, Manifest, joined
 from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import make_optimizer
@@ -77,6 +80,25 @@ class Description:
 
     def _name(self, version: int, rank: int) -> str:
         return f"{self._run_id}/{version}/{rank}"
+
+
+def serve_weight_node(ranks: Ranks, run_id: str, url: str) -> None:
+    """This node serves its segments under ``url``: its first rank lets the others know."""
+    found = WeightNode(node=ranks.node, host=host_identity(), name=socket.gethostname(), url=url)
+    ranks.put(f"{run_id}/node {ranks.node}", msgspec.json.encode(found).decode())
+
+
+def weight_node(ranks: Ranks, run_id: str, node: int) -> WeightNode:
+    """A node that serves its segments, once it does. RuntimeError when it does not come to that."""
+    return msgspec.json.decode(ranks.see(f"{run_id}/node {node}"), type=WeightNode)
+
+
+def weight_nodes(ranks: Ranks, run_id: str, segment_url: str | None) -> list[WeightNode]:
+    """All nodes that serve segments. segment_url: under which rank 0's does."""
+    others = [weight_node(ranks, run_id, node) for node in range(1, ranks.nodes)]
+    if segment_url is None:
+        return others
+    return [WeightNode(node=0, host=host_identity(), name=socket.gethostname(), url=segment_url), *others]
 
 
 def make_publisher(

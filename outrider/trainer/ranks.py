@@ -2,8 +2,12 @@
 
 import contextlib
 import datetime
+import fcntl
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,16 +16,25 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from outrider.contract.errors import UserError
+from outrider.contract.lifetime import die_with_parent
+from outrider.trainer.heartbeat import Heartbeat, Hello, new_token
+from outrider.weights.segment_server import address_towards
 
 #: Seconds for a collective of a step: whoever is not there by then is not coming. A rank that dies closes its
-#: connections, which the others notice at once; this is for a host that vanishes.
+#: connections, which the others notice at once; the heartbeat notices hosts that vanish.
 COLLECTIVE = 600.0
 #: Seconds that rank 0 may have nothing to say: it waits for rollouts, or for servers to come up.
 ORDER = 48 * 3600.0
+#: Seconds for the heartbeat to say who is gone, where something else has noticed first.
+VERDICT = 10.0
+
+_SIOCGIFADDR = 0x8915
 
 
-def lost_connection(error: RuntimeError) -> str | None:
+def lost_connection(error: Exception) -> str | None:
     """What a collective says whose peer is gone, in a line; None for any other error. Gloo has no type for it."""
+    if not isinstance(error, RuntimeError):
+        return None
     text = str(error)
     kinds = dist.DistNetworkError, dist.DistStoreError
     if isinstance(error, kinds) or "gloo" in text or "remote process exited" in text:
@@ -61,19 +74,71 @@ class Ranks:
                     f"--shard_across_nodes false: {self.size} processes are not {self.shards} on each node; give every "
                     "node as many (NPROC_PER_NODE)"
                 )
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        self._heartbeat: Heartbeat | None = None
         if self.size > 1:
-            patience = datetime.timedelta(seconds=COLLECTIVE)
-            dist.init_process_group(backend, timeout=patience)
-            self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
+            die_with_parent(signal.SIGTERM)
+            with _ended_by_signals():
+                self._join("cuda" if on_gpu else "cpu")
         elif shard_alone:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        if self.size > 1 or shard_alone:
-            device, copies = "cuda" if on_gpu else "cpu", self.size // self.shards
-            if copies > 1:
+            dist.init_process_group(_backend(on_gpu), store=dist.HashStore(), rank=0, world_size=1)
+            self.mesh = init_device_mesh("cuda" if on_gpu else "cpu", (1,))
+
+    def _join(self, device: str) -> None:
+        patience = datetime.timedelta(seconds=COLLECTIVE)
+        if self.several_nodes and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
+            # Gloo takes the address of the host's name, which is often 127.0.1.1.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        try:
+            dist.init_process_group(_backend(device == "cuda"), timeout=patience)
+            if (copies := self.size // self.shards) > 1:
                 self.mesh = init_device_mesh(device, (copies, self.shards), mesh_dim_names=("copies", "shards"))
             else:
                 self.mesh = init_device_mesh(device, (self.size,))
+            self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {self.rank} on node {self.node} could not join the others: {str(error).splitlines()[0]}"
+            ) from error
+
+    @property
+    def several_nodes(self) -> bool:
+        """Whether there are ranks elsewhere; those of one node are watched by whoever has started them."""
+        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    @property
+    def nodes(self) -> int:
+        """How many there are."""
+        return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+    def watch(self, silence: float) -> None:
+        """Notice from now on when a rank on another node is gone. silence: seconds after which a host that answers
+        nothing is. Raises UserError."""
+        if not self.several_nodes:
+            return
+        address, host = os.environ["MASTER_ADDR"], socket.gethostname()
+        if self.leads:
+            token = new_token()
+            self._heartbeat = Heartbeat(Hello(token, 0, self.node, host), silence)
+            self.put("heartbeat", f"{self._heartbeat.listen(address)} {token}")
+        else:
+            port, token = self.see("heartbeat").split()
+            self._heartbeat = Heartbeat(Hello(token, self.rank, self.node, host), silence)
+            self._heartbeat.connect(address, int(port))
+
+    def when_lost(self, last_words: Callable[[], None]) -> None:
+        """What is still to be done when another rank is gone, before this process ends."""
+        if self._heartbeat is not None:
+            self._heartbeat.last_words = last_words
+
+    def await_verdict(self) -> None:
+        """Somebody is gone: give the heartbeat the time to say who, and to end this process."""
+        if self._heartbeat is not None:
+            self._heartbeat.wait(VERDICT)
+
+    def fail(self, error: Exception) -> None:
+        """This rank ends because of an error, which the others are told."""
+        if self._heartbeat is not None:
+            self._heartbeat.leave((str(error).splitlines() or [type(error).__name__])[0])
 
     @property
     def leads(self) -> bool:
@@ -100,6 +165,8 @@ class Ranks:
         if told:
             with contextlib.suppress(RuntimeError):  # somebody is gone, and then all of them will be
                 self._tell(order)
+                if self._heartbeat is not None:
+                    self._heartbeat.leave()
 
     def _tell(self, message: bytes) -> None:
         dist.broadcast(torch.tensor([len(message)]), 0, group=self._orders)
@@ -155,5 +222,34 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group."""
+        if self._heartbeat is not None:
+            self._heartbeat.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _backend(on_gpu: bool) -> str:
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Python's own handlers would only be heard when a call of torch returns."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface from which ``host`` is reached; None where that cannot be said (it has no IPv4)."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        address = socket.inet_aton(address_towards(host))
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                found = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if found[20:24] == address:
+                    return name
+    return None

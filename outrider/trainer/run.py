@@ -30,7 +30,7 @@ from outrider.trainer.link import CollectorLink, Interrupted
 from outrider.trainer.model import load_config, load_tokenizer
 from outrider.trainer.optimizer import learning_rate
 from outrider.trainer.orders import End, Load, Open, Publish, Step, Take, encode
-from outrider.trainer.parts import Description, Parts, load_parts, make_publisher
+from outrider.trainer.parts import Description, Parts, load_parts, make_publisher, weight_nodes
 from outrider.trainer.plan import planned_steps
 from outrider.trainer.ranks import Ranks, lost_connection
 from outrider.trainer.recording import eval_record, step_record
@@ -43,6 +43,8 @@ from outrider.weights.segments import remove_stale_segments, segment_path
 
 #: Seconds for servers to hold a version and answer all held-out prompts.
 EVALUATION_DEADLINE = 3600.0
+#: Seconds for servers to try to reach every node of the trainer.
+REACH_DEADLINE = 150.0
 
 
 def train(spec: TrainerSpec, collector: bytes) -> int:
@@ -51,6 +53,7 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     prepare(spec)
     ranks = Ranks(spec.model.shard_across_nodes, shard_alone=spec.model.fsdp_cpu_offload or torch.cuda.is_available())
     try:
+        ranks.watch(spec.run.heartbeat_timeout)
         compare_settings(ranks, spec.configuration)
         check_directory(ranks, Path(spec.run.output_dir))
         if ranks.leads:
@@ -59,9 +62,11 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
             status = Follower(spec, ranks).run()
         ranks.close()  # not after an error: it might wait for what does not come
         return status
-    except RuntimeError as error:
+    except Exception as error:
         if not (lost := lost_connection(error)):
+            ranks.fail(error)
             raise
+        ranks.await_verdict()
         print(f"outrider: rank {ranks.rank} on node {ranks.node}: another rank is gone: {lost}", file=sys.stderr)
         return 1
 
@@ -89,6 +94,7 @@ class Trainer:
 
     def __init__(self, spec: TrainerSpec, output_dir: Path, ranks: Ranks) -> None:
         self.spec, self.output_dir, self.ranks = spec, output_dir, ranks
+        self.status = 2
         #: Optimizer steps taken, and batches trained.
         self.step = self.version = 0
         self.max_steps = 0
@@ -100,6 +106,7 @@ class Trainer:
             lambda: self.panel.notice(f"stopping after this {last}; once more to stop now, without saving"),
             self._abandon,
         )
+        ranks.when_lost(self._abandon)
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         self.closers = contextlib.ExitStack()
         self.started: float | None = None
@@ -110,11 +117,12 @@ class Trainer:
         try:
             self.link.start(collector)
             self.load()
-            return self.train()
+            self.status = self.train()
         except Interrupted:
-            return self.stopped_by_user()
+            self.status = self.stopped_by_user()
         finally:
             self.close()
+        return self.status
 
     # ---- getting ready -----------------------------------------------------------------------------------------
 
@@ -156,6 +164,7 @@ class Trainer:
                 policy, dtype, spec.run_id, segment_url, lambda part: self.link.announce(description.whole(part))
             )
         self.closers.callback(self.publisher.close)
+        self.link.check_reach(weight_nodes(self.ranks, spec.run_id, segment_url), REACH_DEADLINE)
         self._publish()
 
     def _panel(self, plain: bool) -> Panel:
@@ -357,8 +366,8 @@ class Trainer:
         )
 
     def _abandon(self) -> None:
-        """Leave no process, no shared memory and no hidden cursor behind. Runs in a signal handler, whatever the
-        trainer was doing: nothing here waits for a thread of the trainer's own."""
+        """Leave no process, no shared memory and no hidden cursor behind. Runs in a signal handler, or beside
+        the trainer, whatever it was doing: nothing here waits for a thread of the trainer's own."""
         self.panel.stop()
         self.link.kill()
         for index in range(BUFFERS):
@@ -367,7 +376,7 @@ class Trainer:
     def close(self) -> None:
         """End the collector, wait for what is being saved, remove the segments, put the terminal back."""
         self.panel.stop()
-        self.ranks.end(encode(End()))
+        self.ranks.end(encode(End(self.status)))
         self.link.stop("the run has ended")
         self.closers.close()
         self.interrupt.restore()

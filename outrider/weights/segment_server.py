@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import socket
 import threading
 from collections.abc import Callable
@@ -20,7 +21,7 @@ class SegmentServer:
     """A small HTTP server for the files of one run in the segment directory."""
 
     def __init__(self, host: str, key: str, run_id: str) -> None:
-        self._key, self._prefix = f"Bearer {key}", f"outrider-{run_id}-"
+        self._key, self._run_id, self._prefix = f"Bearer {key}", run_id, f"outrider-{run_id}-"
         self._host = host
         self._runner: web.AppRunner | None = None
 
@@ -28,13 +29,14 @@ class SegmentServer:
         """Listen on a free port; returns the URL that a segment's name is appended to."""
         app = web.Application()
         app.router.add_get(routes.WEIGHT_SEGMENT, self._segment)
+        app.router.add_get(routes.WEIGHT_SEGMENTS, self._who)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, 0)
         await site.start()
         port = self._runner.addresses[0][1]
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{port}" + routes.WEIGHT_SEGMENT.format(name="").rstrip("/")
+        return f"http://{host}:{port}{routes.WEIGHT_SEGMENTS}"
 
     async def stop(self) -> None:
         """Stop listening."""
@@ -43,7 +45,7 @@ class SegmentServer:
 
     async def _segment(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        if not hmac.compare_digest(request.headers.get("Authorization", "").encode(), self._key.encode()):
+        if not self._bears_key(request):
             return web.Response(status=401, text="the API key is missing or wrong")
         path = segment_directory() / name
         # Segments of this run only, and no way out of the directory.
@@ -51,14 +53,49 @@ class SegmentServer:
             return web.Response(status=404, text=f"no segment {name}")
         return web.FileResponse(path)
 
+    async def _who(self, request: web.Request) -> web.StreamResponse:
+        """For which run this is: what a server asks to find out whether it gets here."""
+        if not self._bears_key(request):
+            return web.Response(status=401, text="the API key is missing or wrong")
+        return web.Response(text=self._run_id)
+
+    def _bears_key(self, request: web.Request) -> bool:
+        return hmac.compare_digest(request.headers.get("Authorization", "").encode(), self._key.encode())
+
 
 def own_address(server_url: str) -> str:
     """The address of this host as a server sees it: the one from which it would be reached."""
-    host, port = urlsplit(server_url).hostname or "127.0.0.1", urlsplit(server_url).port or 80
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+    return address_towards(urlsplit(server_url).hostname or "127.0.0.1")
+
+
+def address_towards(host: str) -> str:
+    """The address of this host from which ``host`` would be reached. Raises OSError when there is no way there."""
+    family = socket.getaddrinfo(host, 80, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing: it only chooses a route
+        probe.connect((host, 80))  # sends nothing: it only chooses a route
         return str(probe.getsockname()[0])
+
+
+def outward_address(*hosts: str) -> str:
+    """The address of this host for servers that are not on it: from which the first of ``hosts`` is reached by way of
+    the network; the names of the first may mean nothing here, or this host itself (127.0.1.1). Else that of the default
+    route, and where there is none, what routing says. Raises OSError where nothing can be said."""
+    found, problem = [], OSError("no host was given")
+    for host in [*hosts, _ELSEWHERE]:
+        try:
+            found.append(address_towards(host))
+        except OSError as error:
+            problem = error
+            continue
+        if not ipaddress.ip_address(found[-1].partition("%")[0]).is_loopback:
+            return found[-1]
+    if not found:
+        raise problem
+    return found[0]
+
+
+#: An address that nobody has (RFC 5737), and that lies beyond the default route.
+_ELSEWHERE = "192.0.2.1"
 
 
 def serve_in_thread(host: str, key: str, run_id: str) -> tuple[str, Callable[[], None]]:

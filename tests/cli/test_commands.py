@@ -19,8 +19,9 @@ TRAIN = ["train", "--model", "m", "--dataset", "d.jsonl", "--reward_funcs", "acc
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "NNODES", "NPROC_PER_NODE"):
+    for name in ("RANK", "WORLD_SIZE", "NNODES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import pytest
 
+from outrider.cli.gpus import count_visible
 from outrider.cli.placement import Placement, find_placement
 from outrider.contract.errors import UserError
 
@@ -32,7 +33,43 @@ from outrider.contract.errors import UserError
     ],
 )
 def test_placement(environment: dict[str, str], expected: Placement) -> None:
-    assert find_placement(environment) == expected
+    assert find_placement(environment, lambda environment: 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "expected"),
+    [
+        ({}, 8, Placement(8, True, 1, 0, 8, "127.0.0.1", 0)),
+        ({}, 1, Placement(1)),
+        ({"NPROC_PER_NODE": "1"}, 8, Placement(1)),
+        ({"NPROC_PER_NODE": "2"}, 8, Placement(2, True, 1, 0, 2, "127.0.0.1", 0)),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"},
+            8,
+            Placement(16, True, 2, 1, 8, "a", 29500),
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, 8, Placement(2)),
+    ],
+)
+def test_one_process_for_each_gpu(environment: dict[str, str], gpus: int, expected: Placement) -> None:
+    assert find_placement(environment, lambda environment: gpus) == expected
+
+
+def test_gpus_are_looked_for_only_where_they_decide() -> None:
+    def asked(environment: object) -> int:
+        raise AssertionError
+
+    assert find_placement({"NPROC_PER_NODE": "4"}, asked).why == "NPROC_PER_NODE=4"
+    find_placement({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, asked)
+
+
+@pytest.mark.parametrize(
+    ("present", "named", "count"),
+    [(8, None, 8), (8, "", 0), (8, "0,1", 2), (8, "3", 1), (8, "-1", 0), (8, "0,-1,1", 1), (2, "0,1,2,3", 2),
+     (2, "0, 7", 1), (0, "0,1", 0), (8, "GPU-3a,GPU-3b", 2)],
+)  # fmt: skip
+def test_visible_gpus(present: int, named: str | None, count: int) -> None:
+    assert count_visible(present, named) == count
 
 
 @pytest.mark.parametrize(
@@ -50,4 +87,4 @@ def test_placement(environment: dict[str, str], expected: Placement) -> None:
 )
 def test_what_is_wrong_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_placement(environment)
+        find_placement(environment, lambda environment: 8)

@@ -1,6 +1,7 @@
 import pytest
 
 from outrider.cli.describe import describe
+from outrider.cli.placement import Placement, find_placement
 from outrider.cli.train_config import Resolved, parse_train, resolve
 from outrider.contract.errors import UserError
 
@@ -154,8 +155,9 @@ def test_no_needless_warnings(line: str) -> None:
 def test_describe() -> None:
     line = "--per_device_train_batch_size 32 --gradient_accumulation_steps 8 --max_staleness 2 --top_p 0.8"
     config = parse_train([*BASE, *line.split(), "--vllm_server_api_key", "sesame"])
-    text = describe(config, resolve(config))
+    text = describe(config, resolve(config), Placement(1))
     assert "32 prompts x 8 rollouts = 256 rollouts a batch; 1 optimizer step a batch; 8 micro-batches of 32\n" in text
+    assert "\n    1 process\n" in text
     assert "K = 2: at most 3 x 32 groups ahead" in text
     assert "servers: http://127.0.0.1:8000" in text
     assert "warning: --top_p 0.8" in text
@@ -187,4 +189,13 @@ def test_describe() -> None:
 )  # fmt: skip
 def test_describe_the_arithmetic(line: str, world_size: int, part: str) -> None:
     config = parse_train([*BASE, *line.split()])
-    assert part in describe(config, resolve(config, world_size))
+    assert part in describe(config, resolve(config, world_size), Placement(world_size))
+
+
+def test_describe_how_many_processes() -> None:
+    config = parse_train(BASE)
+    two_nodes = find_placement({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, lambda environment: 8)
+    text = describe(config, resolve(config, two_nodes.world_size), two_nodes)
+    assert "2 nodes x 8 = 16 processes, this is node 1 (GPUs shown here: 8; NPROC_PER_NODE says otherwise)" in text
+    alone = find_placement({"NPROC_PER_NODE": "1"})
+    assert "    1 process (NPROC_PER_NODE=1)\n" in describe(config, resolve(config), alone)

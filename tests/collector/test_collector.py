@@ -382,7 +382,7 @@ async def test_the_process_from_start_to_end(server: RolloutProcess, tmp_path: P
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: ASYNC220 - starting does not block
-            [sys.executable, "-m", "outrider.collector.process", endpoint],
+            [sys.executable, "-m", "outrider.collector.process", endpoint, str(os.getpid())],
             stdout=output, stderr=output, env=environment,
         )  # fmt: skip
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(FromCollector).decode

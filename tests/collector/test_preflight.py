@@ -5,11 +5,15 @@ import http.server
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from outrider.collector.client import ServerClient
-from outrider.collector.preflight import check_server, wait_for_server
+from outrider.collector.preflight import check_reach, check_server, wait_for_server
+from outrider.collector.server import Server
 from outrider.contract.errors import UserError
+from outrider.contract.feed import WeightNode
+from outrider.weights.segment_server import SegmentServer
 from tests.collector.servers import KEY, RolloutProcess, expected, free_port
 from tests.collector.stub import fitting_info
 
@@ -121,3 +125,23 @@ async def test_a_server_that_comes_late_is_waited_for(tmp_path_factory: pytest.T
     assert info.run_id == ""
     assert all(f"waiting for server {process.url}" in notice for notice in notices)
     assert len(notices) <= 1
+
+
+async def test_a_node_that_servers_do_not_reach_is_named(server: RolloutProcess) -> None:
+    client = ServerClient(server.url, KEY)
+    info = await client.info()
+    segments = SegmentServer("127.0.0.1", KEY, "a-run")
+    good = WeightNode(node=0, host="elsewhere", name="trainer-0", url=await segments.start())
+    bad = WeightNode(node=1, host="elsewhere", name="trainer-1", url="http://127.0.0.1:1/outrider/segments")
+    here = msgspec.structs.replace(bad, host=info.host)
+    pool = [Server(client, info=info)]
+    await check_reach(pool, [good, here], "a-run")
+    with pytest.raises(UserError) as caught:
+        await check_reach(pool, [good, bad], "a-run")
+    said = str(caught.value)
+    assert f"server {server.url} cannot fetch weights from node 1 of the trainer (trainer-1) at {bad.url}" in said
+    assert "refused" in said
+    with pytest.raises(UserError, match=r"node 0 of the trainer .* by --weight_host"):
+        await check_reach(pool, [good], "another-run")
+    await segments.stop()
+    await client.close()

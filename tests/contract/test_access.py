@@ -25,6 +25,7 @@ _ROUTES = [
     ("POST", routes.STAGE),
     ("POST", routes.COMMIT),
     ("GET", routes.STATUS),
+    ("POST", routes.REACH),
     ("POST", routes.DRAIN),
 ]
 _UNKNOWN = [("GET", "/"), ("GET", "/docs"), ("POST", "/v1/nothing"), ("GET", "/health/"), ("PUT", routes.INFO)]

@@ -22,6 +22,7 @@ from outrider.contract.errors import ErrorDetail
 from outrider.server.answers import Handler, error_answer, json_answer
 from outrider.server.app import contract_app
 from outrider.server.engine import Unavailable
+from outrider.server.reach import reaching
 
 #: Headers that belong to one connection and not to a message.
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"host"})
@@ -59,6 +60,7 @@ class Router:
             (routes.STAGE, self.stage, "POST"),
             (routes.COMMIT, self.commit, "POST"),
             (routes.STATUS, self.status, "GET"),
+            (routes.REACH, reaching(self.key), "POST"),
             (routes.DRAIN, self.drain, "POST"),
         ]
         return contract_app(handlers, self.key)
