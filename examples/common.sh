@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What all examples share. The server runs until the trainer has ended.
 set -euo pipefail
 
@@ -13,14 +14,14 @@ rollout() {
   SERVERS+=($!)
 }
 
-# train GPU FLAGS...: the trainer, in the foreground. It waits for its servers.
+# train GPUS FLAGS...: the trainer, a process on each GPU, in the foreground. It waits for its servers.
 train() {
-  local gpu=$1
+  local gpus=$1
   shift
-  CUDA_VISIBLE_DEVICES=$gpu outrider train --model "$MODEL" --dataset "$DATASET" \
+  CUDA_VISIBLE_DEVICES=$gpus outrider train --model "$MODEL" --dataset "$DATASET" \
     --reward_funcs accuracy --num_generations 8 --max_completion_length 2048 \
     --vllm_server_timeout 600 --max_staleness 2 \
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 64 \
+    --per_device_train_batch_size 4 --gradient_accumulation_steps "${ACCUMULATION:-64}" \
     --learning_rate 1e-6 --output_dir "$OUTPUT" "$@"
 }
 

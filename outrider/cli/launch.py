@@ -10,12 +10,13 @@ import os
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
+from types import FrameType
 
 from outrider.cli.muster import muster
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
+from outrider.contract.signals import hear_at_once
 from outrider.weights.segments import remove_stale_segments
 
 #: Seconds for torch's own rendezvous, when all nodes have met.
@@ -25,6 +26,8 @@ RENDEZVOUS = 120
 def launch(placement: Placement, command: list[str]) -> int:
     """Run ``command``, a module and its arguments, as ranks; the exit status of the first of them that failed, or 0.
     Raises UserError when the other nodes do not come."""
+    # In a container this may be process 1, which the kernel spares what it has no handler for.
+    signal.signal(signal.SIGTERM, _stop)
     if placement.nodes > 1:
         muster(placement)
     from torch.distributed import DistNetworkError, DistStoreError
@@ -73,28 +76,20 @@ def launch(placement: Placement, command: list[str]) -> int:
     return 0
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 class Signals:
-    """Hands signals on to the ranks, from a thread: the main one may be in a call of torch that does not return before
-    its deadline, and Python's handlers would wait for it."""
+    """Hands signals on to the ranks."""
 
     def __init__(self) -> None:
         #: The last signal.
         self.last: int | None = None
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: None)
-        threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
-
-    def _watch(self, reading: int) -> None:
-        while True:
-            for number in os.read(reading, 64):
-                if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    self._hand_on(number)
+        hear_at_once((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._hand_on)
 
     def _hand_on(self, number: int) -> None:
-        """To the first rank, where it is on this node; else all end: without this node there is no run."""
+        """To the first rank, where it is on this node; else to all, which ask the first one to end the run."""
         ranks = _ranks()
         self.last, leads = number, "0" in ranks
         if not ranks:

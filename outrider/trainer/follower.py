@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from outrider.contract.signals import hear_at_once
 from outrider.trainer.checkpoint import checkpoint_path
 from outrider.trainer.clock import StepClock
 from outrider.trainer.directories import unfinished_path
@@ -39,12 +40,14 @@ class Follower:
     def __init__(self, spec: TrainerSpec, ranks: Ranks) -> None:
         self.spec, self.ranks = spec, ranks
         self.run_id = spec.run_id
+        self._signals, self._parent = 0, os.getppid()
         self.closers = contextlib.ExitStack()
 
     def run(self) -> int:
         """Until rank 0 says that the run has ended. Raises UserError."""
-        # What becomes of the step is for rank 0 to say, which has heard it as well.
+        # What becomes of the step is for rank 0 to say, which has heard Ctrl-C as well.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        hear_at_once((signal.SIGTERM,), self._stop)
         with self.closers:
             while True:
                 match decode(self.ranks.hear()):
@@ -79,6 +82,13 @@ class Follower:
         self.parts = load_parts(self.spec, self.ranks, checkpoint)
         self.writer = RowWriter(self.parts.policy, self.parts.optimizer, self.ranks)
         self.closers.callback(self.writer.close)
+
+    def _stop(self, number: int) -> None:
+        """Once means that rank 0 is to end the run; twice, or from a parent that is gone, that this one ends now."""
+        self._signals += 1
+        if self._signals > 1 or os.getppid() != self._parent:
+            os._exit(128 + number)
+        self.ranks.ask_to_stop()
 
     def _open(self, order: Open) -> None:
         """Segments of this rank, served where rank 0's host does not."""

@@ -54,21 +54,27 @@ class Failed(msgspec.Struct, tag="failed"):
     reason: str
 
 
+class Stop(msgspec.Struct, tag="stop"):
+    """To rank 0: the user, or whoever manages the cluster, wants the run to end, and has said so here."""
+
+
 class Lost(msgspec.Struct, tag="lost"):
     """From rank 0: somebody is gone."""
 
     text: str
 
 
-Message = Hello | Bye | Failed | Lost
+Message = Hello | Bye | Failed | Stop | Lost
 
 
 class Heartbeat:
-    """One rank's side, with a thread of its own. ``last_words``: called before it ends this process."""
+    """One rank's side, with a thread of its own. ``last_words``: called before it ends this process. ``stop``: called
+    on rank 0 when another one is to stop."""
 
     def __init__(self, me: Hello, silence: float) -> None:
         """silence: seconds."""
         self.last_words: Callable[[], None] = lambda: None
+        self.stop: Callable[[], None] = lambda: None
         self._me, self._silence = me, silence
         self._peers: dict[socket.socket, Hello] = {}
         self._left = threading.Event()
@@ -108,6 +114,10 @@ class Heartbeat:
         if not self._left.is_set():
             self._left.set()
             self._tell(Bye() if reason is None else Failed(reason))
+
+    def ask_to_stop(self) -> None:
+        """Ask rank 0 to end the run in order."""
+        self._tell(Stop())
 
     def wait(self, timeout: float) -> None:
         """Until the thread has ended this process, if it is about to. timeout: seconds."""
@@ -177,6 +187,8 @@ class Heartbeat:
                     return
                 case Failed(reason=reason):
                     self._end(f"{peer} has ended: {reason}", GRACE)
+                case Stop():
+                    self.stop()
                 case Lost(text=text):
                     self._end(text, GRACE)
 

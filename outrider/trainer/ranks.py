@@ -125,10 +125,17 @@ class Ranks:
             self._heartbeat = Heartbeat(Hello(token, self.rank, self.node, host), silence)
             self._heartbeat.connect(address, int(port))
 
-    def when_lost(self, last_words: Callable[[], None]) -> None:
-        """What is still to be done when another rank is gone, before this process ends."""
+    def heed(self, stop: Callable[[], None], last_words: Callable[[], None]) -> None:
+        """stop: what to do when another node is told to stop. last_words: before this process ends, since another rank
+        is gone."""
         if self._heartbeat is not None:
-            self._heartbeat.last_words = last_words
+            self._heartbeat.stop, self._heartbeat.last_words = stop, last_words
+
+    def ask_to_stop(self) -> None:
+        """This node is told to stop: rank 0 is asked to end the run in order. On one node whoever has told this rank
+        has told rank 0 as well."""
+        if self._heartbeat is not None:
+            self._heartbeat.ask_to_stop()
 
     def await_verdict(self) -> None:
         """Somebody is gone: give the heartbeat the time to say who, and to end this process."""

@@ -106,7 +106,7 @@ class Trainer:
             lambda: self.panel.notice(f"stopping after this {last}; once more to stop now, without saving"),
             self._abandon,
         )
-        ranks.when_lost(self._abandon)
+        ranks.heed(self.interrupt.request, self._abandon)
         self.link = CollectorLink(self.panel, lambda: self.interrupt.requested, output_dir / "collector.log")
         self.closers = contextlib.ExitStack()
         self.started: float | None = None

@@ -98,17 +98,29 @@ def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path
     assert (summary.reward_after or 0) >= 0.5
 
 
-def test_two_nodes_train_together(server: Server, tmp_path: Path) -> None:
-    """With four optimizer steps on the first batch, and two on the second."""
+@pytest.mark.parametrize("told", ["both", "the second"])
+def test_two_nodes_train_together_until_they_are_told_to_stop(server: Server, tmp_path: Path, told: str) -> None:
+    """As clusters do it: SIGTERM for every node at once, or for the one that is to be emptied. With four optimizer steps
+    on each batch."""
     port, flags = free_port(), ("--steps_per_generation", "2", "--num_iterations", "2")
-    second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port)
-    first = start(server, tmp_path, *flags, nodes=2, node=0, processes=1, port=port)
-    _, said = first.communicate(timeout=DEADLINE)
-    assert first.returncode == 0, said
-    assert second.wait(60) == 0
+    second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port, steps=400)
+    first = start(server, tmp_path, *flags, nodes=2, node=0, processes=1, port=port, steps=400)
+    deadline = time.monotonic() + DEADLINE
+    while len(rows(tmp_path)) < 4:
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second.send_signal(signal.SIGTERM)
+    if told == "both":
+        first.send_signal(signal.SIGTERM)
+    output, said = first.communicate(timeout=DEADLINE)
+    assert first.returncode == 130, said
+    assert "go on with the same command and --resume_from_checkpoint auto" in output
+    assert second.wait(60) == 130
     summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
-    assert (summary.finished, summary.steps) == (True, 6)
-    assert [row["version"] for row in rows(tmp_path) if row["kind"] == "step"] == [0, 0, 0, 0, 1, 1]
+    assert not summary.finished
+    assert [row["version"] for row in rows(tmp_path) if row["kind"] == "step"][:4] == [0, 0, 0, 0]
+    assert (tmp_path / "run" / f"checkpoint-{summary.steps}").is_dir()
 
 
 def test_a_node_with_another_parameter_is_named(server: Server, tmp_path: Path) -> None:
