@@ -159,7 +159,6 @@ class Heartbeat:
 
     def _accept(self, connection: socket.socket) -> None:
         try:
-            connection.settimeout(CONNECT)
             [hello] = receive(connection, Hello)
             if not hmac.compare_digest(hello.token.encode(), self._me.token.encode()):
                 raise ValueError

@@ -8,11 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from outrider.demo.task import problems, write_jsonl
-from outrider.trainer.summary import Summary
 from tests.contract.servers import command, environment
 from tests.server.models import DEMO_MODEL
 from tests.trainer.hosts import Simulated, simulated_hosts, why_not
@@ -44,9 +42,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Simulated]]
         server.wait(60)
 
 
-def start(
-    hosts: list[Simulated], node: int, directory: Path, steps: int = 24, rate: float = 5e-4
-) -> "subprocess.Popen[str]":
+def start(hosts: list[Simulated], node: int, directory: Path, rate: float = 5e-4) -> "subprocess.Popen[str]":
     """The trainer of one node: 128 rollouts a step."""
     if not (directory / "train.jsonl").exists():
         write_jsonl(directory / "train.jsonl", problems("train", 3000, 0))
@@ -55,9 +51,9 @@ def start(
         "model": DEMO_MODEL, "vllm_server_host": hosts[2].address, "vllm_server_port": 8000,
         "dataset": directory / "train.jsonl", "val_dataset": directory / "heldout.jsonl", "reward_funcs": "accuracy",
         "num_generations": 8, "per_device_train_batch_size": 64, "max_completion_length": 8, "temperature": 1.0,
-        "max_staleness": 1, "beta": 0, "learning_rate": rate, "lr_scheduler_type": "constant", "max_steps": steps,
-        "save_steps": 0, "threads": 1, "output_dir": directory / "run", "vllm_server_api_key": KEY,
-        "heartbeat_timeout": 6,
+        "max_staleness": 1, "beta": 0, "learning_rate": rate, "lr_scheduler_type": "constant",
+        "max_steps": 4000, "eval_steps": 24, "save_steps": 0, "threads": 1, "output_dir": directory / "run",
+        "vllm_server_api_key": KEY, "heartbeat_timeout": 6,
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     placement = {
@@ -70,21 +66,12 @@ def start(
     )  # fmt: skip
 
 
-def steps_done(directory: Path) -> int:
+def evaluations(directory: Path) -> list[float]:
+    """Held-out rewards so far."""
     path = directory / "run" / "metrics.jsonl"
-    return sum("learning_rate" in json.loads(line) for line in path.read_text().splitlines()) if path.exists() else 0
-
-
-def test_the_demo_learns_over_the_network(hosts: list[Simulated], tmp_path: Path) -> None:
-    """Weights travel from both nodes to the server by HTTP: it shares no memory with them."""
-    first, second = (start(hosts, node, tmp_path) for node in (0, 1))
-    _, said = first.communicate(timeout=DEADLINE)
-    assert first.returncode == 0, said
-    assert second.wait(60) == 0
-    summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
-    assert (summary.finished, summary.steps) == (True, 24)
-    assert summary.max_staleness_seen <= 1
-    assert (summary.reward_after or 0) >= (summary.reward_before or 0) + 0.2
+    # The last line may be half written.
+    rows = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row["reward"] for row in map(json.loads, rows) if "learning_rate" not in row]
 
 
 def test_a_node_with_another_parameter_is_refused_by_name(hosts: list[Simulated], tmp_path: Path) -> None:
@@ -108,14 +95,16 @@ def test_a_node_that_the_server_does_not_reach_is_named(hosts: list[Simulated], 
     assert "the run has ended; node 0 says why" in said_there
 
 
-def test_a_node_whose_link_is_cut_is_named(hosts: list[Simulated], tmp_path: Path) -> None:
-    """No connection is closed by that: the other side is silent. Last, since the link stays down."""
-    first, second = start(hosts, 0, tmp_path, steps=4000), start(hosts, 1, tmp_path, steps=4000)
+def test_the_demo_learns_until_a_link_is_cut(hosts: list[Simulated], tmp_path: Path) -> None:
+    """Weights travel from both nodes to the server by HTTP: it shares no memory with them. No connection is closed by
+    the cut: the other side is silent. Last, since the link stays down."""
+    first, second = (start(hosts, node, tmp_path) for node in (0, 1))
     deadline = time.monotonic() + DEADLINE
-    while steps_done(tmp_path) < 2:
+    while len(found := evaluations(tmp_path)) < 2:
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert found[1] >= found[0] + 0.2
     hosts[1].cut()
     _, said = first.communicate(timeout=60)
     assert first.returncode == 1
