@@ -92,7 +92,7 @@ def main(output: str, directory: str, copies: str, resumed: str, *models: str) -
             found["failed"] = str(error), [path.name for path in run.iterdir()]
             saver.checkpoint(1, 1, 9, 1.5)
         saver.export()
-        ranks.end(encode(End()))
+        ranks.end(encode(End(status=0)))
         saver.close()
         torch.save(found, output)
     ranks.close()
