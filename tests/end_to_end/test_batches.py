@@ -11,6 +11,8 @@ from tests.end_to_end.conftest import Train
 from tests.end_to_end.processes import Command
 from tests.end_to_end.records import check_ledger, steps, summary, trained
 
+pytestmark = pytest.mark.runs
+
 #: Steps a batch, and steps of the run, whose third and last batch is trained in part.
 EACH, STEPS = 4, 10
 FLAGS = {

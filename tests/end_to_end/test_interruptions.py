@@ -11,6 +11,8 @@ from tests.end_to_end.conftest import Train
 from tests.end_to_end.processes import Command, all_gone
 from tests.end_to_end.records import check_finished, query, summary
 
+pytestmark = pytest.mark.runs
+
 GROUPS, STEPS = 8, 7
 
 

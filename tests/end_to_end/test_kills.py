@@ -22,6 +22,8 @@ from tests.end_to_end.conftest import Train
 from tests.end_to_end.processes import SHARED_MEMORY, Command, all_gone, ranks_of
 from tests.end_to_end.records import steps, summary
 
+pytestmark = pytest.mark.runs
+
 GROUPS, K = 8, 2
 #: Scores that differ within every group, and a note of each group that is scored, in which life of the run.
 REWARD = """

@@ -13,6 +13,8 @@ from tests.end_to_end.conftest import Train
 from tests.end_to_end.processes import Command, assert_one_message
 from tests.end_to_end.records import check_finished, check_ledger, steps, summary, trained
 
+pytestmark = pytest.mark.runs
+
 GROUPS = 8
 
 

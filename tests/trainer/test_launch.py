@@ -21,6 +21,8 @@ from tests.contract.servers import Server, start_torch
 from tests.end_to_end.processes import ranks_of
 from tests.server.models import DEMO_MODEL
 
+pytestmark = pytest.mark.runs
+
 KEY = "a key for tests"
 DEADLINE = 240.0
 

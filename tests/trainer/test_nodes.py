@@ -19,7 +19,10 @@ KEY = "a key for tests"
 DEADLINE = 300.0
 
 _REASON = why_not()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"no network namespaces: {_REASON}")
+pytestmark = [
+    pytest.mark.runs,
+    pytest.mark.skipif(_REASON is not None, reason=f"no network namespaces: {_REASON}"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import torch
 
 from tests.server.models import save_model
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parents[2]
 
 

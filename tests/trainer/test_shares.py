@@ -15,6 +15,8 @@ from outrider.trainer.rows import load_rows, model_tensors, optimizer_tensors
 from tests.server.models import DEMO_MODEL, save_model
 from tests.trainer.build import make_policy, one_a_row, random_samples
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parents[2]
 
 
