@@ -18,9 +18,9 @@ from outrider.contract.manifest import Manifest, Piece, Segment, TensorEntry
 
 #: Connections over which a version is read from another host.
 HTTP_CONNECTIONS = 4
-#: Seconds without a byte after which a connection counts as broken, and how often one range is taken up again where
-#: it broke off.
-SILENCE = 120.0
+#: Seconds without a byte after which a host counts as gone, and how often one range is taken up again where a connection
+#: has broken off.
+SILENCE = 30.0
 RESUMPTIONS = 3
 #: Bytes of one range: large tensors travel over several connections.
 RANGE = 64 * 2**20
@@ -156,7 +156,13 @@ def _read_range(url: str, key: str, offset: int, target: memoryview) -> None:
         except HTTPError as error:  # an answer, and asking again would give the same
             raise FetchError(f"{url}: {error.code} {error.reason}") from error
         except (OSError, HTTPException, ValueError) as error:  # ValueError: it is no URL
-            problem = str(getattr(error, "reason", error))
+            reason = getattr(error, "reason", error)
+            problem = str(reason)
+            if isinstance(
+                reason, TimeoutError
+            ):  # whoever says nothing for so long is gone, and is not waited for again
+                problem = f"nothing came for {SILENCE:g} s"
+                break
         if received == len(target):
             return
     raise FetchError(f"{url}: {received} of {len(target)} bytes at offset {offset}: {problem}")

@@ -204,3 +204,23 @@ async def test_a_connection_that_breaks_off_is_taken_up_where_it_broke_off(monke
     asked.sort()
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(asked))
     assert len(asked) > 2 * 8
+
+
+async def test_a_host_that_says_nothing_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "SILENCE", 0.2)
+    connections = 0
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/segment"
+    async with server:
+        with sharded({"w": torch.ones(4)}, 1, None) as manifest:
+            away = replace(manifest.segments[0], host="another host", url=url)
+            with pytest.raises(FetchError, match=r"nothing came for 0\.2 s"):
+                await fetched(replace(manifest, segments=(away,)))
+    assert connections == 1
