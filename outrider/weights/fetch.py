@@ -18,8 +18,8 @@ from outrider.contract.manifest import Manifest, Piece, Segment, TensorEntry
 
 #: Connections over which a version is read from another host.
 HTTP_CONNECTIONS = 4
-#: Seconds without a byte after which a host counts as gone, and how often one range is taken up again where a connection
-#: has broken off.
+#: Seconds without a byte after which a host counts as gone, and how often one range is taken up again where a
+#: connection has broken off.
 SILENCE = 30.0
 RESUMPTIONS = 3
 #: Bytes of one range: large tensors travel over several connections.

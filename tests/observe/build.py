@@ -19,8 +19,8 @@ def make_step(step: int, max_steps: int = 10, **fields: Any) -> StepRecord:
         "truncated_share": 0.02, "staleness_mean": 0.7, "staleness_max": 1, "clip_low_share": 0.001,
         "clip_high_share": 0.002, "kl": 0.0004, "logprob_gap": 0.002, "logprob_gap_max": 0.4,
         "correction_mean": 0.99, "entropy": 1.2, "groups": 16, "groups_zero_variance": 3, "groups_failed": 1,
-        "groups_stale": 0, "prompts_rejected": 0, "tokens_trained": 12000, "tokens_per_second": 6000.0, "reward_seconds": 0.2,
-        "stage_seconds": 0.3, "commit_seconds": 0.004, "epoch": 0.1 * step,
+        "groups_stale": 0, "prompts_rejected": 0, "tokens_trained": 12000, "tokens_per_second": 6000.0,
+        "reward_seconds": 0.2, "stage_seconds": 0.3, "commit_seconds": 0.004, "epoch": 0.1 * step,
     }  # fmt: skip
     values["rollout_tokens"] = 900
     return StepRecord(step=step, max_steps=max_steps, **{**values, **fields})
