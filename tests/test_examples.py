@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import outrider.cli.main as cli
+from outrider.server.vllm_engine.command import vllm_version
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = [*sorted(EXAMPLES.glob("*.sh")), EXAMPLES / "slurm.sbatch"]
@@ -109,6 +110,8 @@ def test_the_command_line_takes_the_manifests_commands(
     assert program == "outrider"
     if kind == "Deployment":
         monkeypatch.setenv("OUTRIDER_API_KEY", "k")
+        if vllm_version() is None:
+            pytest.skip("vLLM is not installed, whose own command --dry_run prints")
     assert cli.main([*words, "--dry_run"]) == 0
     said = capsys.readouterr().out
     if kind == "Job":

@@ -9,6 +9,7 @@ dies is noticed at once, since its kernel closes the connection; a host that van
 import contextlib
 import errno
 import hmac
+import ipaddress
 import os
 import secrets
 import selectors
@@ -21,6 +22,7 @@ import msgspec
 
 from outrider.contract.errors import UserError
 from outrider.contract.lines import receive, send
+from outrider.weights.segment_server import means_this_host
 
 #: Seconds to connect to rank 0.
 CONNECT = 30.0
@@ -87,7 +89,9 @@ class Heartbeat:
         family, _, _, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         self._listener = socket.socket(family, socket.SOCK_STREAM)
         try:
-            self._listener.bind(place)
+            # A host's own name often is 127.0.1.1 there, and its address elsewhere.
+            own_name = ipaddress.ip_address(place[0]).is_loopback and not means_this_host(address)
+            self._listener.bind(("", 0) if own_name else place)
         except OSError:  # it is translated on the way here
             self._listener.bind(("", 0))
         self._listener.listen(128)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from outrider.contract.errors import UserError
 from outrider.trainer.config import ModelConfig
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import local, share_of
+from outrider.trainer.sharding import Whole, local, share_of
 
 
 def load_model(config: ModelConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -50,12 +50,13 @@ def _attention(config: ModelConfig) -> str | None:
 
 
 @torch.no_grad()
-def fill(
-    model: PreTrainedModel, whole: PreTrainedModel | None, ranks: Ranks, device: torch.device, offload: bool
-) -> None:
-    """Give a sharded, empty ``model`` its memory, and what ``whole`` holds, which rank 0 has. All ranks call it.
-    device: where it computes; with ``offload`` parameters stay in host memory."""
-    model.to_empty(device="cpu" if offload else device)
+def fill(root: Whole, whole: PreTrainedModel | None, ranks: Ranks, device: torch.device, offload: bool) -> None:
+    """Give the sharded, empty model of ``root`` its memory, and what ``whole`` holds, which rank 0 has. All ranks call
+    it. device: where it computes; with ``offload`` parameters stay in host memory."""
+    # Of the root, which FSDP has parameters of as well: it pads and pins them now, and not when they are first used and
+    # others hold on to them.
+    root.to_empty(device="cpu" if offload else device)
+    model = root.model
     given = {} if whole is None else dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         _fill_rows(parameter, given.get(name), ranks)

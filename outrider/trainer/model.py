@@ -26,7 +26,7 @@ from outrider.trainer.packing import Flat, MicroBatch, Rows
 from outrider.trainer.ranks import Ranks
 from outrider.trainer.sharding import Whole, blocks_of, give_up_gathered, hold_until_last, local, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
-from outrider.trainer.varlen import VARLEN, bounds_of
+from outrider.trainer.varlen import VARLEN, bounds_of, kernel_takes
 
 #: Tokens of a sequence at which variable-length attention costs as much as the linear layers, in hidden sizes: 6 by
 #: operations, and at about the speed of a matrix product.
@@ -52,14 +52,17 @@ class Policy:
         chunk: int,
         trainable: bool,
         ranks: Ranks | None = None,
+        flat: bool | None = None,
     ) -> None:
         """source: directory or hub id of the weights. chunk: tokens projected onto the vocabulary at once. ranks: that
-        share the weights, None for this one alone; all of them call this. Raises UserError when the model cannot be
+        share the weights, None for this one alone; all of them call this. flat: as another policy is, whose
+        micro-batches this one computes; None: as it can be. Raises UserError when the model cannot be
         loaded, or is not of a kind whose logits we can reproduce."""
         mesh = None if ranks is None else ranks.mesh
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.temperature, self.chunk = temperature, chunk
         compute = _compute_dtype(config, device)
+        self._home, self._compute = device, compute
         self._autocast = compute if compute != torch.float32 and mesh is None else None
         self.config = load_config(config, source)
         #: How far rollouts of one prompt may share a row; what the policy can do, its reference can do as well.
@@ -67,9 +70,10 @@ class Policy:
         #: Whether weights are gathered from shares, and then stay gathered over the micro-batches of a step.
         self._sharded, self._holds = False, False
         #: Whether micro-batches are flat.
-        self.flat = False
-        self._may_be_flat = config.attn_impl == "varlen" or (
-            config.attn_impl is None and device.type == "cuda" and compute != torch.float32
+        self.flat = bool(flat)
+        self._may_be_flat = flat is None and (
+            config.attn_impl == "varlen"
+            or (config.attn_impl is None and device.type == "cuda" and compute != torch.float32)
         )
         self.model: PreTrainedModel
         # Optimizer steps are smaller than bfloat16 can add to a weight.
@@ -78,14 +82,14 @@ class Policy:
         self.device = torch.device("cpu")
         if ranks is None or mesh is None:
             self._use(load_model(config, source, dtype), config, trainable)
-            self._check(source, trainable)
+            self._check(config, source, trainable)
             self.model.to(device)
         else:
             whole = self._load_and_check(config, source, dtype, trainable, ranks)
             self._use(make_empty(config, self.config, dtype), config, trainable)
             shard(self._whole, mesh, compute if compute != torch.float32 else None, config.fsdp_cpu_offload)
             self._sharded, self._holds = True, mesh.size() == 1 and not config.fsdp_cpu_offload
-            fill(self.model, whole, ranks, device, config.fsdp_cpu_offload)
+            fill(self._whole, whole, ranks, device, config.fsdp_cpu_offload)
         self.device = device
         if self.flat:
             self.model.set_attn_implementation(VARLEN)
@@ -111,7 +115,7 @@ class Policy:
             try:
                 whole = load_model(config, source, dtype)
                 self._use(whole, config, trainable)
-                self._check(source, trainable)
+                self._check(config, source, trainable)
                 found.sharing, found.flat = self.sharing, self.flat
             except UserError as error:
                 found.problem = str(error)
@@ -123,10 +127,15 @@ class Policy:
         self.sharing, self.flat = found.sharing, found.flat
         return whole
 
-    def _check(self, source: str, trainable: bool) -> None:
+    def _check(self, config: ModelConfig, source: str, trainable: bool) -> None:
         self._check_projection(source)
         if self._may_be_flat:
-            self.flat = self._can_be_flat()
+            self.flat = self._can_be_flat() and kernel_takes(self.config, self._compute, self._home)
+            if config.attn_impl == "varlen" and not self.flat:
+                raise UserError(
+                    f"--attn_impl varlen: {type(self.model).__name__} gives other hidden states with it, or has heads "
+                    "that it does not take; give --attn_impl sdpa"
+                )
         if trainable and not self.flat:
             self.sharing = find_sharing(self.config, self._attention, self._hidden, self.device)
 
@@ -240,7 +249,7 @@ class Policy:
                 found = self._hidden(
                     ids[None], None, positions, **bounds_of(torch.tensor([0, 3, 9], dtype=torch.int32), 6)
                 )[0]
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RuntimeError):
                 return False
             finally:
                 self.model.set_attn_implementation(before)

@@ -41,7 +41,9 @@ def load_parts(spec: TrainerSpec, ranks: Ranks, checkpoint: Path | None) -> Part
     policy = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=True, ranks=ranks)
     reference = None
     if spec.loss.beta > 0:
-        reference = Policy(spec.model, spec.model.model, spec.temperature, chunk, trainable=False, ranks=ranks)
+        reference = Policy(
+            spec.model, spec.model.model, spec.temperature, chunk, trainable=False, ranks=ranks, flat=policy.flat
+        )
     optimizer = make_optimizer(policy.model, spec.optimizer)
     if checkpoint is not None:
         load_rows(checkpoint, policy.model, optimizer)
@@ -95,7 +97,7 @@ def weight_node(ranks: Ranks, run_id: str, node: int) -> WeightNode:
 
 def weight_nodes(ranks: Ranks, run_id: str, segment_url: str | None) -> list[WeightNode]:
     """All nodes that serve segments. segment_url: under which rank 0's does."""
-    others = [weight_node(ranks, run_id, node) for node in range(1, ranks.nodes)]
+    others = [weight_node(ranks, run_id, node) for node in range(1, ranks.publishing_nodes)]
     if segment_url is None:
         return others
     return [WeightNode(node=0, host=host_identity(), name=socket.gethostname(), url=segment_url), *others]

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from outrider.contract.errors import UserError
 from outrider.contract.lifetime import die_with_parent
 from outrider.trainer.heartbeat import Heartbeat, Hello, new_token
-from outrider.weights.segment_server import address_towards
+from outrider.weights.segment_server import address_towards, means_this_host, outward_address
 
 #: Seconds for a collective of a step: whoever is not there by then is not coming. A rank that dies closes its
 #: connections, which the others notice at once; the heartbeat notices hosts that vanish.
@@ -27,6 +28,8 @@ COLLECTIVE = 600.0
 ORDER = 48 * 3600.0
 #: Seconds for the heartbeat to say who is gone, where something else has noticed first.
 VERDICT = 10.0
+#: Seconds between two looks for what another rank is to leave in the store.
+LOOK = 0.02
 
 _SIOCGIFADDR = 0x8915
 
@@ -109,6 +112,11 @@ class Ranks:
     def nodes(self) -> int:
         """How many there are."""
         return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+    @property
+    def publishing_nodes(self) -> int:
+        """How many of them, the first ones, have rows of the copy of the model that is published."""
+        return -(-self.shards // (self.size // self.nodes))
 
     def watch(self, silence: float) -> None:
         """Notice from now on when a rank on another node is gone. silence: seconds after which a host that answers
@@ -218,14 +226,18 @@ class Ranks:
         return value
 
     def has(self, name: str) -> bool:
-        """Whether something is there for :meth:`take`, which would keep other threads from the store while it waits."""
+        """Whether something is there for :meth:`take`."""
         return dist.distributed_c10d._get_default_store().check([name])
 
     def see(self, name: str) -> str:
-        """What a rank has put there for several to see, waiting for it."""
-        store = dist.distributed_c10d._get_default_store()
-        store.wait([name], datetime.timedelta(seconds=COLLECTIVE))
-        return bytes(store.get(name)).decode()
+        """What a rank has put there for several to see, looking for it: whoever waits in the store keeps the other
+        threads of its process from it, among them one that is to join the others in a collective."""
+        until = time.monotonic() + COLLECTIVE
+        while not self.has(name):
+            if time.monotonic() > until:
+                raise RuntimeError(f"rank {self.rank}: nobody has left {name!r} within {COLLECTIVE:g} s")
+            time.sleep(LOOK)
+        return bytes(dist.distributed_c10d._get_default_store().get(name)).decode()
 
     def close(self) -> None:
         """Leave the group."""
@@ -253,7 +265,8 @@ def _ended_by_signals() -> Iterator[None]:
 def _interface_towards(host: str) -> str | None:
     """The network interface from which ``host`` is reached; None where that cannot be said (it has no IPv4)."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        address = socket.inet_aton(address_towards(host))
+        # A host's own name often is 127.0.1.1 there, and its address elsewhere.
+        address = socket.inet_aton(address_towards(host) if means_this_host(host) else outward_address(host))
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # one without an address
                 found = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()))

@@ -376,7 +376,8 @@ class Trainer:
     def close(self) -> None:
         """End the collector, wait for what is being saved, remove the segments, put the terminal back."""
         self.panel.stop()
-        self.ranks.end(encode(End(self.status)))
         self.link.stop("the run has ended")
         self.closers.close()
+        # Last: whoever has started the ranks ends all of them when one of them has ended with a status.
+        self.ranks.end(encode(End(self.status)))
         self.interrupt.restore()

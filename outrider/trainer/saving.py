@@ -32,7 +32,7 @@ from outrider.trainer.directories import (
 from outrider.trainer.model import Policy
 from outrider.trainer.orders import Gather, Save, encode
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.rows import Share, model_tensors, optimizer_tensors, total_bytes
+from outrider.trainer.rows import Rows, Share, model_tensors, optimizer_tensors, total_bytes
 from outrider.trainer.spool import Spool, gathered
 
 #: Seconds within which the last saves are tried again when they fail, on a full disk say, and between two tries.
@@ -104,23 +104,31 @@ class RowWriter:
     def begin_report(self, directory: Path, number: int) -> None:
         """On any rank but the first: write the rows, and leave word for the first rank of how it went."""
 
+        if not self._ranks.in_first_copy:
+            return
+        rows = self.rows()
+
         def work() -> None:
             problem = "it stopped writing"
             try:
-                self.write(directory)
+                self.write(directory, rows)
                 problem = ""
             except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
                 problem = first_line(error)
             finally:
                 self._ranks.put(report_name(number, self._ranks.rank), problem)
 
-        if self._ranks.in_first_copy:
-            self.begin(work)
+        self.begin(work)
 
-    def write(self, directory: Path) -> None:
-        """On the thread: copy this rank's rows, then write them."""
-        weights = self._share.rows(model_tensors(self.policy.model))
-        moments = self._share.rows(optimizer_tensors(self.policy.model, self.optimizer))
+    def rows(self) -> tuple[Rows, Rows]:
+        """This rank's rows of weights and moments, no copies. Between two steps: while one is computed, what the model
+        calls its parameters is what has been gathered."""
+        model = self.policy.model
+        return self._share.rows(model_tensors(model)), self._share.rows(optimizer_tensors(model, self.optimizer))
+
+    def write(self, directory: Path, rows: tuple[Rows, Rows]) -> None:
+        """On the thread: copy the rows, then write them."""
+        weights, moments = rows
         weights.tensors, moments.tensors = self.copy(weights.tensors, moments.tensors)
         self._share.write(directory, weights, moments)
 
@@ -233,12 +241,12 @@ class Saver:
         tensors = [*model_tensors(model).values(), *optimizer_tensors(model, self.optimizer).values()]
         unfinished = begin_directory(path, total_bytes(tensors))
         self._number += 1
-        number = self._number
+        number, rows = self._number, self._writer.rows()
 
         def work() -> None:
             with finishing(path):
                 try:
-                    self._writer.write(unfinished)
+                    self._writer.write(unfinished, rows)
                     write_description(unfinished, state, model, self.tokenizer)
                 finally:  # nobody else writes there when it is moved or removed
                     problems = self._hear_others(number)
@@ -256,7 +264,8 @@ class Saver:
         weights = model_tensors(model) if self._ranks.mesh is None else self._gather()
 
         def work() -> None:
-            copied = self._writer.copy(weights)[0] if self._ranks.mesh is None else weights
+            # What was gathered is nobody else's.
+            copied = self._writer.copy(weights if self._ranks.mesh is None else {})[0] or weights
 
             def write(directory: Path) -> None:
                 write_model(directory, model, self.tokenizer, copied)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 VARLEN = "outrider_varlen"
 #: From PyTorch 2.13 on grouped heads have to be asked for.
@@ -51,6 +51,24 @@ def varlen_attention(
     if query.is_cuda:
         return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+
+
+def kernel_takes(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention on ``device`` takes heads like the model's: kernels know only some widths, and precisions."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if device.type != "cuda":
+        return True
+    if getattr(text, "v_head_dim", width) != width:
+        return False
+    query = torch.zeros(1, heads, 8, width, dtype=dtype, device=device)
+    some = query[:, : getattr(text, "num_key_value_heads", None) or heads]
+    try:
+        _on_cuda(query, some, some, torch.tensor([0, 8], dtype=torch.int32, device=device), 8, None, None)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _on_cuda(

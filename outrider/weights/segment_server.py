@@ -94,6 +94,15 @@ def outward_address(*hosts: str) -> str:
     return found[0]
 
 
+def means_this_host(host: str) -> bool:
+    """Whether it says so, as ``localhost`` or 127.0.0.1; a name that is translated to that may mean another address to
+    others."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 #: An address that nobody has (RFC 5737), and that lies beyond the default route.
 _ELSEWHERE = "192.0.2.1"
 

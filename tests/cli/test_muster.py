@@ -121,7 +121,10 @@ def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
     environment = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "outrider.cli.main", "train", "--model", "m", "--dataset", "d.jsonl",
                "--reward_funcs", "accuracy"]  # fmt: skip
-    running = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # in the background of a shell Ctrl-C is ignored
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while True:  # until it listens
         try:

@@ -180,7 +180,7 @@ async def test_wait_lets_what_runs_end_first(engine: TorchEngine, changed: torch
         await asyncio.sleep(0.1)
         await engine.stage(publisher.publish(7).result())
         commit = asyncio.create_task(engine.commit("wait", 7, "wait"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.02)  # until it has closed the door
         later = await complete(engine, [5], max_tokens=5)
         assert (await commit).version == 7
         for [choice] in await asyncio.gather(*running):

@@ -12,7 +12,7 @@ from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, OptimizerConfig
 from outrider.trainer.optimizer import make_optimizer
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import blocks_of, whole_tensor
+from outrider.trainer.sharding import blocks_of, local, whole_tensor
 from outrider.trainer.step import StepComputer
 from tests.trainer.build import batch_of, make_policy, random_samples
 
@@ -25,6 +25,7 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **sett
     policy = make_policy(model, ranks=ranks, **settings)
     # FSDP has changed their classes by now; what is compiled are these.
     assert len(blocks_of(policy.model)) == policy.config.get_text_config().num_hidden_layers
+    published = policy.published_tensors()  # which a publisher holds from before the first pass on
     assert policy.flat == (settings.get("attn_impl") == "varlen")
     reference = make_policy(model, trainable=False, ranks=ranks, **settings) if beta else None
     optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
@@ -45,6 +46,8 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **sett
             outcomes.append(
                 (outcome.loss, outcome.grad_norm, outcome.tokens, outcome.kl, outcome.logprob_gap_max, clipped)
             )
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(published[name], local(parameter)), name
     weights = {name: whole_tensor(value).detach() for name, value in policy.model.named_parameters()}
     return {"outcomes": outcomes, "weights": weights}
 

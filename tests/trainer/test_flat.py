@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.contract.arrays import unpack_ints
+from outrider.contract.errors import UserError
 from outrider.trainer.flat import collate_flat, form_flat
 from outrider.trainer.packing import Flat, length_of
 from tests.server.models import save_model
@@ -79,8 +79,8 @@ def test_log_probabilities_and_gradients_are_those_of_padded_rows(kind: str, tmp
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_model_whose_attention_caps_its_scores_is_computed_in_rows(tmp_path: Path) -> None:
-    policy = make_policy(save_model("gemma2", tmp_path), attn_impl="varlen")
-    assert not policy.flat
-    samples = random_samples(4, seed=1)
-    assert policy.logprobs(one_a_row(samples)).shape == (sum(len(unpack_ints(s.completion)) for s in samples),)
+def test_a_model_whose_attention_caps_its_scores_cannot_be_flat(tmp_path: Path) -> None:
+    path = save_model("gemma2", tmp_path)
+    with pytest.raises(UserError, match=r"--attn_impl varlen: Gemma2ForCausalLM .* give --attn_impl sdpa"):
+        make_policy(path, attn_impl="varlen")
+    assert not make_policy(path).flat
