@@ -7,7 +7,6 @@ being renamed, and may be written again.
 
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from outrider.collector.ledger_rows import Row, decode_versions
+from outrider.contract.disk import synchronize
 from outrider.contract.errors import UserError
 
 _TOKENS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float32())
@@ -48,9 +48,9 @@ class Archive:
         unfinished = path.with_suffix(".unfinished")
         try:
             parquet.write_table(_table(rows), unfinished, compression="zstd")
-            _sync(unfinished)
+            synchronize(unfinished)
             unfinished.replace(path)
-            _sync(self.directory)
+            synchronize(self.directory)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -65,14 +65,6 @@ class Archive:
                 f"{path}: the rollouts of step {step + 1} were moved there from the ledger and cannot be read: "
                 f"{str(error).splitlines()[0]}; put the file back"
             ) from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _table(rows: list[Row]) -> pa.Table:

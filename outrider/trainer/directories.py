@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from outrider.contract.disk import synchronize
+
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
 
 
@@ -68,15 +70,6 @@ def finishing(path: Path) -> Iterator[None]:
 def failure(path: Path, error: Exception) -> SaveFailed:
     """What to say of ``path``, which ``error`` kept from being written."""
     return SaveFailed(f"{path}: {first_line(error)}{_free_space(path.parent)}")
-
-
-def synchronize(path: Path) -> None:
-    """Return when a file, or what a directory lists, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def tidy(output_dir: Path) -> None:

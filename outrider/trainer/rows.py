@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from outrider.contract.disk import synchronize
 from outrider.contract.errors import UserError
-from outrider.trainer.directories import first_line, synchronize
+from outrider.trainer.directories import first_line
 from outrider.trainer.sharding import share_of
 
 #: Where a checkpoint has the optimizer's state.
