@@ -34,6 +34,14 @@ class ModelConfig(Section):
     fsdp_cpu_offload: Annotated[
         bool, option("Keep master weights, gradients and optimizer state in host memory, and take steps there")
     ] = False
+    fsdp_reshard_after_forward: Annotated[
+        bool | None,
+        option(
+            "Give up gathered weights after each pass; false: they stay over the micro-batches of a step, at whose end "
+            "alone gradients are added up over ranks, and each GPU keeps 6 bytes of every parameter for that (default: "
+            "false where this is at most a sixth of a GPU's memory, or there is one process)"
+        ),
+    ] = None
     shard_across_nodes: Annotated[
         bool,
         option("Shard the model over all nodes; false: each node shards a copy over its own processes (HSDP)"),

@@ -24,7 +24,7 @@ from outrider.trainer.loading import fill, load_model, make_empty
 from outrider.trainer.logprobs import Head, token_logprobs
 from outrider.trainer.packing import Flat, MicroBatch, Rows
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import Whole, blocks_of, give_up_gathered, hold_until_last, local, shard
+from outrider.trainer.sharding import Whole, blocks_of, give_up_gathered, hold_until_last, local, may_hold, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
 from outrider.trainer.varlen import VARLEN, bounds_of, kernel_takes
 
@@ -87,8 +87,12 @@ class Policy:
         else:
             whole = self._load_and_check(config, source, dtype, trainable, ranks)
             self._use(make_empty(config, self.config, dtype), config, trainable)
-            shard(self._whole, mesh, compute if compute != torch.float32 else None, config.fsdp_cpu_offload)
-            self._sharded, self._holds = True, mesh.size() == 1 and not config.fsdp_cpu_offload
+            reshards = config.fsdp_reshard_after_forward
+            if reshards is None:
+                reshards = config.fsdp_cpu_offload or not may_hold(self.model, mesh, compute)
+            gathered = compute if compute != torch.float32 else None
+            shard(self._whole, mesh, gathered, config.fsdp_cpu_offload, holds=not reshards)
+            self._sharded, self._holds = True, not reshards
             fill(self._whole, whole, ranks, device, config.fsdp_cpu_offload)
         self.device = device
         if self.flat:

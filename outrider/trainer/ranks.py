@@ -64,6 +64,9 @@ class Ranks:
             )
         if on_gpu:
             torch.cuda.set_device(self.local_rank)
+            if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
+                # Micro-batches differ in size: blocks of fixed size would leave a tenth of the memory in pieces.
+                torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         #: Whether the other ranks wait for an order, and are not in the middle of something, or gone.
         self.listening = self.size > 1
         self.mesh: DeviceMesh | None = None

@@ -27,16 +27,17 @@ class Whole(nn.Module):
         return self.compute(*arguments)
 
 
-def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, offload: bool = False) -> None:
+def shard(
+    whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, offload: bool = False, holds: bool = False
+) -> None:
     """Block by block, then the rest. mesh: one dimension, or copies x shards. compute_dtype: in which parameters are
-    gathered, None for their own. offload: shares, gradients and optimizer state stay in host memory. Gradients are
-    added up in float32, and not averaged: the loss is divided by the counts of all ranks already."""
-    # One rank that has all rows gains nothing by giving up what it has gathered, before the optimizer changes it.
-    giving_up = mesh.size() > 1 or offload
+    gathered, None for their own. offload: shares, gradients and optimizer state stay in host memory. holds: what is
+    gathered stays, see :func:`hold_until_last`. Gradients are added up in float32, and not averaged: the loss is
+    divided by the counts of all ranks already."""
     keep = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks_of(whole.model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=keep, reshard_after_forward=giving_up)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=keep, reshard_after_forward=not holds)
     fully_shard(whole, mesh=mesh, mp_policy=policy, offload_policy=keep)
     for module in whole.modules():
         if isinstance(module, FSDPModule):
@@ -46,9 +47,21 @@ def shard(whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, off
                 module.set_reduce_scatter_unused_params(True)  # one rank's tokens may leave some unused, another's not
 
 
+def may_hold(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> bool:
+    """Whether there is room for :func:`hold_until_last`: for whole weights as they are computed with, and for their
+    gradients in float32. One rank has little to gain from less; many have what they were taken for to lose."""
+    if mesh.size() == 1:
+        return True
+    if mesh.device_type != "cuda":
+        return False
+    whole = sum(parameter.numel() for parameter in model.parameters()) * (compute_dtype.itemsize + 4)
+    return whole <= torch.cuda.get_device_properties().total_memory / 6
+
+
 def hold_until_last(whole: Whole, last: bool) -> None:
-    """For one rank that has all rows: what a step's micro-batches gather stays until the last one's backward pass, and
-    gradients are added up where they are made, in float32, until then. last: whether the next micro-batch is that."""
+    """What a step's micro-batches gather stays until the last one's backward pass, and gradients are added up where
+    they are made, in float32, until then: ranks exchange both once a step. last: whether the next micro-batch is that.
+    """
     assert isinstance(whole, FSDPModule)
     whole.set_reshard_after_backward(last)
     whole.set_requires_gradient_sync(last)

@@ -16,7 +16,12 @@ from outrider.trainer.sharding import blocks_of, local, whole_tensor
 from outrider.trainer.step import StepComputer
 from tests.trainer.build import batch_of, make_policy, random_samples
 
-SETTINGS: dict[str, dict[str, Any]] = {"offload": {"fsdp_cpu_offload": True}, "varlen": {"attn_impl": "varlen"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "offload": {"fsdp_cpu_offload": True},
+    "varlen": {"attn_impl": "varlen"},
+    "hold": {"fsdp_reshard_after_forward": False},
+    "reshard": {"fsdp_reshard_after_forward": True},
+}
 
 
 def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **settings: Any) -> dict[str, Any]:

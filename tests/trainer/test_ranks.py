@@ -15,13 +15,13 @@ pytestmark = pytest.mark.runs
 ROOT = Path(__file__).parents[2]
 
 
-#: beta, rollouts of a micro-batch, a budget of tokens instead, and whether weights are in host memory or micro-batches
-#: flat; by processes and copies of the model.
+#: beta, rollouts of a micro-batch, a budget of tokens instead, and whether weights are in host memory, micro-batches
+#: flat, or weights held over a step; by processes and copies of the model.
 VARIANTS = {
-    (1, 1): ("0,4,0", "0.1,4,0", "0.1,4,0,offload", "0.1,4,0,varlen"),
-    (2, 1): ("0,4,0", "0,3,0", "0,4,64", "0.1,4,0", "0.1,4,0,offload", "0,4,64,varlen"),
+    (1, 1): ("0,4,0", "0.1,4,0", "0.1,4,0,offload", "0.1,4,0,varlen", "0.1,4,0,reshard"),
+    (2, 1): ("0,4,0", "0,3,0", "0,4,64", "0.1,4,0", "0.1,4,0,offload", "0,4,64,varlen", "0.1,4,0,hold"),
     (4, 1): ("0,4,0", "0,1,0", "0.1,4,0,varlen"),
-    (4, 2): ("0.1,4,0",),
+    (4, 2): ("0.1,4,0", "0.1,4,0,hold"),
 }
 
 
