@@ -21,6 +21,8 @@ from outrider.contract.manifest import Manifest
 
 KEY = "bench"
 PROMPT_TOKENS = 64
+#: Of a stream, after which it is under way.
+FIRST_TOKENS = 20
 
 #: When something began and had ended, of ``time.monotonic``.
 Window = tuple[float, float]
@@ -35,18 +37,20 @@ def call(url: str, path: str, body: bytes | None = None) -> bytes:
 
 
 class Load:
-    """``running`` sequences in flight on a server, from a process of its own, as long as a block lasts. When the tokens
-    of ``streams`` of them came is in ``arrivals`` afterwards."""
+    """``running`` sequences in flight on a server, from a process of its own, as long as a block lasts, which begins
+    when all streams have tokens. When those of ``streams`` of them came is in ``arrivals`` afterwards."""
 
     def __init__(self, url: str, model: str, running: int, streams: int, new_tokens: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._stop, self._queue = context.Event(), context.Queue()
-        arguments = (url, model, running, streams, new_tokens, self._stop, self._queue)
+        self._started, self._stop, self._queue = context.Event(), context.Event(), context.Queue()
+        arguments = (url, model, running, streams, new_tokens, self._started, self._stop, self._queue)
         self._process = context.Process(target=_keep_busy, args=arguments, daemon=True)
         self.arrivals: list[list[float]] = []
 
     def __enter__(self) -> "Load":
         self._process.start()
+        if not self._started.wait(120):
+            raise SystemExit("the load on the server did not begin within 120 s")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,8 +61,11 @@ class Load:
         self._process.kill()
 
 
-def _keep_busy(url: str, model: str, running: int, streams: int, new_tokens: int, stop: Any, arrivals: Any) -> None:
+def _keep_busy(
+    url: str, model: str, running: int, streams: int, new_tokens: int, started: Any, stop: Any, arrivals: Any
+) -> None:
     async def run() -> None:
+        waited_for = {*range(streams)}
         connector = aiohttp.TCPConnector(limit=0)
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(None)
@@ -78,6 +85,10 @@ def _keep_busy(url: str, model: str, running: int, streams: int, new_tokens: int
                         times = []
                         async for _ in answer.content.iter_any():
                             times.append(time.monotonic())
+                            if len(times) == FIRST_TOKENS:
+                                waited_for.discard(number)
+                                if not waited_for:
+                                    started.set()
                             if stop.is_set():
                                 break
                         arrivals.put(times)
@@ -101,10 +112,19 @@ def staged_update(url: str, manifest: Manifest) -> tuple[WeightStatus, Window]:
     return status, (began, time.monotonic())
 
 
-def quiet(arrivals: list[list[float]], windows: list[Window], after: float) -> list[float]:
-    """What :func:`stalls` calls a stall, of windows in which nothing happened: ms. after: ends of such windows come
-    that many seconds after those of ``windows``."""
-    return stalls(arrivals, [(start + after, end + after) for start, end in windows])[0]
+def longest_gaps(arrivals: list[list[float]], windows: list[Window]) -> list[float]:
+    """The longest gap between two tokens within each window, less the usual one there, ms: medians over the streams."""
+    found = []
+    for start, end in windows:
+        gaps = []
+        for times in map(np.asarray, arrivals):
+            first, last = np.searchsorted(times, (start, end))
+            if last - first > 2 and last < len(times):
+                around = np.diff(times[first - 1 if first else 0 : last + 1])
+                gaps.append(around.max() - float(np.median(around)))
+        if gaps:
+            found.append(1000 * statistics.median(gaps))
+    return found
 
 
 def stalls(arrivals: list[list[float]], windows: list[Window]) -> tuple[list[float], list[float], float]:

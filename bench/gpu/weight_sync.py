@@ -4,7 +4,9 @@ for how long; beside it vLLM's own transfer over NCCL, to the same server, in th
     python bench/gpu/weight_sync.py OUT.json [--shapes 8B 0.6B] [--updates 4] [--after PID]
 
 generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
-without_a_commit_ms: the same shortly before, where nothing happened; generation_late_ms: by how much all tokens after
+without_a_commit_ms: the same where nothing happened, before the first update; staging_longest_ms and
+publishing_longest_ms: the longest gap, less the usual one, while a server stages, and while the trainer publishes;
+generation_late_ms: by how much all tokens after
 a commit are late; commit_gpu_ms: what the copy takes on the GPU.
 trainer_stall_ms: what publishing costs a training loop whose step takes a second.
 native_*: the same with pause, start, update, finish and resume. stage_share_of_link: of the speed of one pinned copy.
@@ -36,7 +38,7 @@ from outrider.server.vllm_engine.weights import tensor_shapes
 from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from updates import Load, Window, call, quiet, staged_update, stalls
+from updates import Load, Window, call, longest_gaps, staged_update, stalls
 from vllm_servers import Side, free_port, prompts, save_shape, server, until_ended
 
 RUNNING, STREAMS = 256, 8
@@ -74,7 +76,7 @@ class Training(threading.Thread):
         count = len(self.manifests)
         self.wanted.release()
         while len(self.manifests) == count:
-            time.sleep(0.005)
+            time.sleep(0.02)
         return self.manifests[-1]
 
     def end(self) -> None:
@@ -150,9 +152,18 @@ def gap_to_trainer(side: Side, model: Path, tensors: dict[str, torch.Tensor]) ->
 
 #: Bytes of a token in the cache by shape: keys and values, 8 heads of 128, 2 bytes, of 36 or 28 layers.
 CACHED = {"8B": 2 * 8 * 128 * 2 * 36, "0.6B": 2 * 8 * 128 * 2 * 28}
-#: Tokens of a request by shape, as many as a GPU of 80 GB holds. None ends, so that none begins, while updates are
-#: measured: a step that also reads a prompt takes twice as long, and would be taken for a stall.
-NEW_TOKENS = {"8B": 1100, "0.6B": 1900}
+#: Tokens of a request, as many as the GPU holds of them, up to so many. None ends, so that none begins, while updates
+#: are measured: a step that also reads a prompt takes twice as long, and would be taken for a stall.
+NEW_TOKENS = 2600
+#: Bytes of a GPU that are neither weights, which are there twice, nor cache.
+BESIDE = 9 * 2**30
+
+
+def new_tokens(model: Path, shape: str) -> int:
+    """Of a request."""
+    weights = 2 * sum(torch.Size(size).numel() for size in tensor_shapes(AutoConfig.from_pretrained(model)).values())
+    room = torch.cuda.get_device_properties(0).total_memory - 2 * weights - BESIDE
+    return min(NEW_TOKENS, room // (RUNNING * CACHED[shape]) - 80)
 
 
 def main() -> None:
@@ -167,7 +178,7 @@ def main() -> None:
         directory = Path(name)
         models = {shape: save_shape(directory / shape, shape) for shape in arguments.shapes}
         for shape, model in models.items():
-            cache = RUNNING * (NEW_TOKENS[shape] + 80) * CACHED[shape]
+            cache = RUNNING * (new_tokens(model, shape) + 80) * CACHED[shape]
             kwargs = {"load_format": "dummy", "weight_transfer_config": {"backend": "nccl"},
                       "kv_cache_memory_bytes": cache, "gpu_memory_utilization": 0.05}  # fmt: skip
             flags = ["--engine_kwargs", json.dumps(kwargs), "--max_num_seqs", str(RUNNING), "--max_model_len", "4096",
@@ -195,17 +206,20 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
     publisher = Publisher(tensors, "bfloat16", uuid.uuid4().hex[:12], info.model_fingerprint, None)
     training = Training(publisher)
     training.start()
-    figures = Figures([], [], [])
-    with Load(side.url, str(side.model), RUNNING, STREAMS, NEW_TOKENS[shape]) as load:
-        time.sleep(3)
+    figures = Figures([], [], [], [], [])
+    tokens = new_tokens(model, shape)
+    with Load(side.url, str(side.model), RUNNING, STREAMS, tokens) as load:
+        began = time.monotonic() + 1
+        time.sleep(4)
+        quiet = [(began + number, began + number + 0.02) for number in range(3)]
         update(side, training, arguments.updates, figures)
         time.sleep(1)  # of tokens after the last update
-    with Load(side.url, str(side.model), RUNNING, STREAMS, NEW_TOKENS[shape]) as native_load:
-        time.sleep(3)
+    with Load(side.url, str(side.model), RUNNING, STREAMS, tokens) as native_load:
+        time.sleep(1)
         native_update(side, tensors, figures)
         time.sleep(2)
-    raw = {"arrivals": load.arrivals, "native_arrivals": native_load.arrivals, "ours": figures.ours,
-           "native": figures.native}  # fmt: skip
+    raw = {"arrivals": load.arrivals, "native_arrivals": native_load.arrivals, "quiet": quiet,
+           **{name: getattr(figures, name) for name in ("ours", "staging", "publishing", "native")}}  # fmt: skip
     arguments.out.with_name(f"raw_{shape}.json").write_text(json.dumps(raw))
     ours_ms, ours_late, usual = stalls(load.arrivals, figures.ours)
     result = {
@@ -214,7 +228,9 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
         "token_gap_ms": round(usual, 2),
         "generation_stall_ms": middle(ours_ms), "generation_stalls_ms": [round(value, 2) for value in ours_ms],
         "generation_late_ms": middle(ours_late),
-        "without_a_commit_ms": middle(quiet(load.arrivals, figures.ours, after=-0.8)),
+        "without_a_commit_ms": middle(stalls(load.arrivals, quiet)[0]),
+        "staging_longest_ms": [round(value, 2) for value in longest_gaps(load.arrivals, figures.staging)],
+        "publishing_longest_ms": [round(value, 2) for value in longest_gaps(load.arrivals, figures.publishing)],
         "commit_gpu_ms": middle([1000 * status.commit_seconds for status in figures.statuses]),
         "commit_http_ms": middle([1000 * (end - begin) for begin, end in figures.ours]),
         "trainer_stall_ms": middle([1000 * stall for stall in training.stalls]),
@@ -245,17 +261,25 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
 
 
 class Figures(NamedTuple):
-    """When each update began and had ended, by either way, and the status after each of ours."""
+    """When each update began and had ended, by either way, and the status after each of ours, and when it was published
+    and staged before."""
 
     ours: list[Window]
     native: list[Window]
     statuses: list[WeightStatus]
+    staging: list[Window]
+    publishing: list[Window]
 
 
 def update(side: Side, training: Training, count: int, figures: Figures) -> None:
     """Updates in our way."""
     for _ in range(count):
-        status, window = staged_update(side.url, training.next())
+        began = time.monotonic()
+        manifest = training.next()
+        published = time.monotonic()
+        status, window = staged_update(side.url, manifest)
+        figures.publishing.append((began, published))
+        figures.staging.append((published, window[0]))
         figures.ours.append(window)
         figures.statuses.append(status)
         http, gpu = 1000 * (window[1] - window[0]), 1000 * status.commit_seconds

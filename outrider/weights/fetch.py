@@ -1,6 +1,5 @@
 """Reading a published version: from shared memory on the same host, over HTTP from another one."""
 
-import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -10,11 +9,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-import xxhash
 from torch import Tensor
 
 from outrider.contract.identity import host_identity
-from outrider.contract.manifest import Manifest, Piece, Segment, TensorEntry
+from outrider.contract.manifest import Manifest, Segment, TensorEntry
+from outrider.weights.checksums import FetchError, check_piece, map_segment
 
 #: Connections over which a version is read from another host.
 HTTP_CONNECTIONS = 4
@@ -24,15 +23,9 @@ SILENCE = 30.0
 RESUMPTIONS = 3
 #: Bytes of one range: large tensors travel over several connections.
 RANGE = 64 * 2**20
-#: Threads that compute checksums of a version in shared memory.
-CHECKERS = min(8, os.cpu_count() or 1)
 
 #: Copies ``length`` bytes at ``offset`` of a segment into a buffer.
 Reader = Callable[[int, int, memoryview], None]
-
-
-class FetchError(Exception):
-    """A published version cannot be read, or its bytes are not those of its manifest."""
 
 
 def fetch_tensors(manifest: Manifest, targets: dict[str, Tensor], key: str) -> None:
@@ -53,20 +46,6 @@ def on_this_host(manifest: Manifest) -> bool:
     return all(_shares_memory(segment) for segment in manifest.segments)
 
 
-def check_in_place(manifest: Manifest) -> None:
-    """Verify the pieces where they lie, on this host. Whoever has copied them before then knows that the copies are
-    right: bytes that have been overwritten do not turn back. Raises FetchError."""
-    segments = [_map(segment) for segment in manifest.segments]
-    pieces = [(tensor, piece) for tensor in manifest.tensors for piece in tensor.pieces if piece.length]
-
-    def check(item: tuple[TensorEntry, Piece]) -> None:
-        tensor, piece = item
-        _check(tensor, piece, segments[piece.segment][piece.offset : piece.offset + piece.length])
-
-    with ThreadPoolExecutor(max_workers=CHECKERS) as pool:
-        list(pool.map(check, pieces))
-
-
 def _fetch_tensor(entry: TensorEntry, target: Tensor, readers: list[Reader]) -> None:
     dtype = getattr(torch, entry.dtype)
     direct = target.dtype == dtype and target.device.type == "cpu"
@@ -78,18 +57,10 @@ def _fetch_tensor(entry: TensorEntry, target: Tensor, readers: list[Reader]) -> 
             continue
         part = buffer[start : start + piece.length]
         readers[piece.segment](piece.offset, piece.length, part)
-        _check(entry, piece, part)
+        check_piece(entry, piece, part)
         start += piece.length
     if not direct:
         target.copy_(landing)
-
-
-def _check(entry: TensorEntry, piece: Piece, data: memoryview) -> None:
-    if xxhash.xxh3_64_intdigest(data) != piece.checksum:
-        raise FetchError(
-            f"tensor {entry.name!r}: the bytes at offset {piece.offset} of segment {piece.segment} do not have the "
-            "manifest's checksum (overwritten by a newer version, or corrupt)"
-        )
 
 
 def _shares_memory(segment: Segment) -> bool:
@@ -104,16 +75,8 @@ def _reader(segment: Segment, key: str, ranges: Executor) -> Reader:
     return _http_reader(segment.url, key, ranges)
 
 
-def _map(segment: Segment) -> memoryview:
-    try:
-        with open(segment.path, "rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), segment.length, access=mmap.ACCESS_READ))
-    except (OSError, ValueError, OverflowError) as error:
-        raise FetchError(f"segment {segment.path}: {error}") from error
-
-
 def _memory_reader(segment: Segment) -> Reader:
-    mapped = _map(segment)
+    mapped = map_segment(segment)
 
     def read(offset: int, length: int, target: memoryview) -> None:
         target[:] = mapped[offset : offset + length]

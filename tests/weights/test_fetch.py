@@ -15,7 +15,8 @@ from torch import Tensor
 
 from outrider.contract.manifest import DTypeName, Manifest
 from outrider.weights import fetch
-from outrider.weights.fetch import FetchError, fetch_tensors
+from outrider.weights.checksums import FetchError
+from outrider.weights.fetch import fetch_tensors
 from outrider.weights.publish import Publisher
 from outrider.weights.segment_server import SegmentServer
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from outrider.contract.errors import UserError
 from outrider.contract.manifest import DTypeName, Manifest, manifest_faults
-from outrider.weights.fetch import FetchError, fetch_tensors
+from outrider.weights.checksums import FetchError
+from outrider.weights.fetch import fetch_tensors
 from outrider.weights.publish import BUFFERS, Publisher
 from outrider.weights.segments import remove_stale_segments
 

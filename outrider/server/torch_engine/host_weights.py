@@ -8,7 +8,8 @@ from outrider.server.engine import Conflict
 from outrider.server.torch_engine.messages import Stage, TensorPlace
 from outrider.server.weight_state import WeightState
 from outrider.weights.buffers import BufferLayout, HostBuffer
-from outrider.weights.fetch import FetchError, fetch_tensors
+from outrider.weights.checksums import FetchError
+from outrider.weights.fetch import fetch_tensors
 
 
 class HostWeights(WeightState):

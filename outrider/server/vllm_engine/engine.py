@@ -24,7 +24,7 @@ from outrider.server.limits import MAX_STOP_TOKENS, check_request
 from outrider.server.vllm_engine.differences import external_id
 from outrider.server.vllm_engine.generation import Choice, VllmGeneration
 from outrider.server.vllm_engine.hot import LIMIT
-from outrider.server.vllm_engine.messages import CommitReport, Report, all_reports
+from outrider.server.vllm_engine.messages import CommitReport, Report, StageReport, all_reports
 from outrider.server.vllm_engine.sampling import tokens_of, vllm_params
 from outrider.server.vllm_engine.settings import VllmSettings
 from outrider.server.vllm_engine.stats import VllmCounters
@@ -298,7 +298,7 @@ class VllmEngine:
             path = await loop.run_in_executor(self._stager, weights.order, manifest, number, self._directory)
             try:
                 await self._call("outrider_stage", COMMIT_DEADLINE, str(path))
-                reports = await self._reports("stage", number, STAGE_DEADLINE, Report)
+                reports = await self._reports("stage", number, STAGE_DEADLINE, StageReport)
             except Exception as error:
                 raise Conflict(weights.refuse(manifest, error)) from error
             for report in reports:
@@ -308,8 +308,9 @@ class VllmEngine:
             copied = time.monotonic()
             await loop.run_in_executor(self._stager, weights.verify, manifest)
             log.info(
-                "version %d staged: copied in %.2f s by the slowest worker, verified in %.2f s",
+                "version %d staged: %s in %.2f s by the slowest worker, verified in %.2f s",
                 manifest.version,
+                "copied" if all(report.known_copies for report in reports) else "loaded by vLLM",
                 max(report.seconds for report in reports),
                 time.monotonic() - copied,
             )

@@ -14,8 +14,8 @@ import msgspec
 
 from outrider.contract.manifest import DTypeName
 
-#: Seconds between two looks at the directory.
-_INTERVAL = 0.002
+#: Seconds between two looks at the directory: at first, and at most, which a wait of seconds comes to.
+_INTERVAL, _LONGEST_INTERVAL = 0.002, 0.02
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -51,6 +51,12 @@ class Report(msgspec.Struct, kw_only=True):
     rank: int
     error: str | None = None
     seconds: float = 0.0
+
+
+class StageReport(Report, kw_only=True):
+    """known_copies: whether it has done without vLLM's own loading, by the copies that this had come to before."""
+
+    known_copies: bool = False
 
 
 class CommitReport(Report, kw_only=True):
@@ -91,6 +97,7 @@ async def all_reports(
     """The answers of all ``count`` workers to order ``number``. Raises TimeoutError, saying who has not answered."""
     end = time.monotonic() + deadline
     found: dict[Path, AnyReport] = {}
+    interval = _INTERVAL
     while True:
         for path, report in _reports(directory, kind, type):
             if report.number == number:
@@ -100,7 +107,8 @@ async def all_reports(
         if time.monotonic() > end:
             heard = ", ".join(sorted(f"engine {r.engine} rank {r.rank}" for r in found.values())) or "nobody"
             raise TimeoutError(f"{len(found)} of {count} workers have answered within {deadline:g} s ({heard})")
-        await asyncio.sleep(_INTERVAL)
+        await asyncio.sleep(interval)
+        interval = min(1.05 * interval, _LONGEST_INTERVAL)
 
 
 def _reports(directory: Path, kind: str, type: type[AnyReport]) -> list[tuple[Path, AnyReport]]:

@@ -8,11 +8,13 @@ for one more copy of its own shard, not of the model, and a commit has nothing l
 import copy
 import mmap
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from outrider.server.vllm_engine.copies import CopyPlan, Recorder
 from outrider.server.vllm_engine.messages import Part, TensorSource
 from outrider.weights.buffers import pin
 
@@ -39,6 +41,9 @@ class Shadow:
         self.model: Any = _another_instance(worker.vllm_config, torch.device("cpu") if host else self.device)
         self._sources = Sources(pinned=not on_cpu)
         self._names = {name for name, _ in self.model.named_parameters()}
+        #: How versions are copied whose tensors are those of _layout; None: not known, or not by copies alone.
+        self._plan: CopyPlan | None = None
+        self._layout: Sequence[tuple[str, str, tuple[int, ...]]] = []
         if host and not on_cpu:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.pin_memory()
@@ -47,17 +52,35 @@ class Shadow:
         self._stream = None if on_cpu else torch.cuda.Stream(self.device)
         self.swap: _Copies | _Modules = _Modules(self.live, self.model) if on_cpu else _Copies(self.live, self.model)
 
-    def load(self, tensors: tuple[TensorSource, ...]) -> None:
-        """Fill the shadow, on any thread but that of the engine's steps. Raises Unsupported, OSError."""
+    def load(self, tensors: tuple[TensorSource, ...]) -> bool:
+        """Fill the shadow, on any thread but that of the engine's steps. Returns whether that was done by copies that
+        are known from a version before. Raises Unsupported, OSError."""
+        layout = [(source.name, source.dtype, source.shape) for source in tensors]
+        known = self._plan if layout == self._layout else None
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            loaded = self.model.load_weights((source.name, self._sources.tensor(source)) for source in tensors)
-            self._staged_finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+            if known is not None:
+                known.run({source.name: (source, self._sources.parts(source)) for source in tensors})
+            else:
+                self._load_first(tensors)
+                self._layout = layout
+            finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()])
+            self._staged_finite = bool(finite.all())
             self.swap.prepare()
         if self._stream is not None:
             self._stream.synchronize()
+        return known is not None
+
+    def _load_first(self, tensors: tuple[TensorSource, ...]) -> None:
+        """As the model itself does it; the next time it is done as it was here."""
+        recorder = Recorder(self.model.parameters())
+        with recorder:
+            loaded = self.model.load_weights(
+                (source.name, recorder.source(source.name, self._sources.tensor(source))) for source in tensors
+            )
         missing = self._names - set(loaded) if loaded is not None else set()
         if missing:
             raise Unsupported(f"the published tensors do not reach {sorted(missing)[:3]} of vLLM's model")
+        self._plan = recorder.plan()
 
     def commit(self) -> bool:
         """Put the shadow in force. On the thread of the engine's steps, between two of them. Returns whether keys and
@@ -170,9 +193,13 @@ class Sources:
         self._files: dict[tuple[str, int, int], Tensor] = {}
         self._pinned: set[int] = set()
 
+    def parts(self, source: TensorSource) -> list[Tensor]:
+        """Views of the bytes, [n] each. Raises OSError."""
+        return [self._bytes(part) for part in source.parts if part.length]
+
     def tensor(self, source: TensorSource) -> Tensor:
         """A view of the bytes; a copy where they lie in several places. Raises OSError."""
-        parts = [self._bytes(part) for part in source.parts if part.length]
+        parts = self.parts(source)
         dtype: torch.dtype = getattr(torch, source.dtype)
         if not parts:
             return torch.empty(source.shape, dtype=dtype)

@@ -10,7 +10,9 @@ from outrider.server.engine import Conflict
 from outrider.server.vllm_engine.messages import Part, StageOrder, TensorSource, write_order
 from outrider.server.weight_state import WeightState
 from outrider.weights.buffers import BufferLayout, HostBuffer
-from outrider.weights.fetch import FetchError, check_in_place, fetch_tensors, on_this_host
+from outrider.weights.checker import Checker
+from outrider.weights.checksums import FetchError
+from outrider.weights.fetch import fetch_tensors, on_this_host
 
 
 class VllmWeights(WeightState):
@@ -25,6 +27,7 @@ class VllmWeights(WeightState):
         super().__init__(shapes, fingerprint)
         self._layout, self._key = BufferLayout(shapes, dtype), key
         self._buffer: HostBuffer | None = None
+        self._checker = Checker()
 
     def order(self, manifest: Manifest, number: int, directory: Path) -> Path:
         """Check the manifest, and write down what workers are to copy. Raises Conflict."""
@@ -47,12 +50,13 @@ class VllmWeights(WeightState):
         if not on_this_host(manifest) and self._buffer is not None:
             return  # verified when it was fetched
         try:
-            check_in_place(manifest)
+            self._checker.check(manifest)
         except FetchError as error:
             raise Conflict(self.refuse(manifest, error)) from error
 
     def close(self) -> None:
-        """Let the buffer go."""
+        """Let the buffer go, and the process that verifies."""
+        self._checker.close()
         if self._buffer is not None:
             self._buffer.close()
 

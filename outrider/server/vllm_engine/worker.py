@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from outrider.server.vllm_engine.differences import engine_index, sampled_tokens
-from outrider.server.vllm_engine.messages import CommitReport, Report, StageOrder, read_order, write_report
+from outrider.server.vllm_engine.messages import (
+    CommitReport,
+    Report,
+    StageOrder,
+    StageReport,
+    read_order,
+    write_report,
+)
 from outrider.server.vllm_engine.staging import Shadow
 
 
@@ -56,9 +63,12 @@ class _Member:
     def stage(self, order: StageOrder) -> None:
         self.staged, self._latest = None, order.number
         engine, rank = self.who
-        report = Report(number=order.number, engine=engine, rank=rank)
+        report = StageReport(number=order.number, engine=engine, rank=rank)
         threading.Thread(
-            target=self.report, args=("stage", report, lambda: self._load(order)), name="outrider-stage", daemon=True
+            target=self.report,
+            args=("stage", report, lambda: self._load(order, report)),
+            name="outrider-stage",
+            daemon=True,
         ).start()
 
     def commit(self, number: int, version: int) -> None:
@@ -96,12 +106,12 @@ class _Member:
 
         threading.Thread(target=finish, name="outrider-commit", daemon=True).start()
 
-    def _load(self, order: StageOrder) -> None:
+    def _load(self, order: StageOrder, report: StageReport) -> None:
         if self.worker.device.type == "cuda":
             torch.cuda.set_device(self.worker.device)
         with self._loading:  # one that nobody waits for any more may still be at it
             assert self.shadow is not None
-            self.shadow.load(order.tensors)
+            report.known_copies = self.shadow.load(order.tensors)
             if order.number == self._latest:
                 self.staged = order.version
 
