@@ -28,7 +28,7 @@ import msgspec
 import torch
 from gap import ask, gap
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
-from vllm_servers import Side, server, until_ended
+from vllm_servers import Side, server, until_ended, visible
 
 import outrider.demo
 from outrider.contract import routes
@@ -182,7 +182,7 @@ def trained(directory: Path, port: int, ranks: int, *more: str, gpus: str = "0,1
     started = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", "outrider.cli.main", "train", *words, *more],
-        env={**os.environ, "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": gpus}, capture_output=True, text=True,
+        env={**os.environ, "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": visible(gpus)}, capture_output=True, text=True,
         timeout=170, check=False,
     )  # fmt: skip
     log = directory / "run" / "collector.log"

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_servers import KEY, SHAPES, save_shape, server
+from vllm_servers import KEY, SHAPES, save_shape, server, visible
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from overlap import write_prompts
@@ -50,6 +50,8 @@ def main() -> None:
             made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
         made.save_pretrained(model)
         del made
+        if gpus:
+            torch.cuda.empty_cache()
         write_prompts(directory / "prompts.jsonl", 4096, 16, 0.0)
         limit = given.new_tokens + 64
         running = given.prompts * given.completions
@@ -93,7 +95,7 @@ def run(place: Path, command: list[str]) -> list[dict[str, Any]]:
     """The rows of its steps. Raises SystemExit when it fails."""
     ended = subprocess.run(
         [*command, "--output_dir", str(place)],
-        env={**os.environ, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True,
+        env={**os.environ, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": visible("0")}, capture_output=True, text=True,
         timeout=400, check=False,
     )  # fmt: skip
     if ended.returncode:

@@ -106,7 +106,7 @@ def server(
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
     command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
     wanted = {
-        **os.environ, "OUTRIDER_API_KEY": KEY, "CUDA_VISIBLE_DEVICES": gpus, "VLLM_NO_USAGE_STATS": "1",
+        **os.environ, "OUTRIDER_API_KEY": KEY, "CUDA_VISIBLE_DEVICES": visible(gpus), "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **(environment or {}),
     }  # fmt: skip
     log = directory / f"{name}.log"
@@ -120,6 +120,12 @@ def server(
             process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def visible(gpus: str) -> str:
+    """What a process that is to see those of this one's GPUs is told."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return ",".join(shown.split(",")[int(gpu)] for gpu in gpus.split(",")) if shown else gpus
 
 
 def until_ended(process: int | None) -> None:
