@@ -182,8 +182,8 @@ def trained(directory: Path, port: int, ranks: int, *more: str, gpus: str = "0,1
     started = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", "outrider.cli.main", "train", *words, *more],
-        env={**os.environ, "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": visible(gpus)}, capture_output=True, text=True,
-        timeout=170, check=False,
+        env={**os.environ, "NPROC_PER_NODE": str(ranks), "CUDA_VISIBLE_DEVICES": visible(gpus)}, capture_output=True,
+        text=True, timeout=170, check=False,
     )  # fmt: skip
     log = directory / "run" / "collector.log"
     said = (ended.stdout + ended.stderr)[-2000:] + (log.read_text()[-800:] if log.exists() else "")
