@@ -112,7 +112,7 @@ def measured(model: Path, ranks: int, given: argparse.Namespace) -> dict[str, An
 def rank(given: argparse.Namespace) -> None:
     """One of them."""
     started = time.monotonic()
-    ranks = Ranks(shard_alone=True)
+    ranks = Ranks()
     config = ModelConfig(
         model=str(given.model),
         gradient_checkpointing=given.checkpointing,

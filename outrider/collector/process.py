@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import resource
@@ -56,6 +55,7 @@ from outrider.contract.feed import (
     Stop,
     WeightNode,
 )
+from outrider.contract.garbage import search_less_often
 from outrider.contract.identity import host_identity
 from outrider.contract.keys import client_key
 from outrider.contract.lifetime import die_with_parent
@@ -182,7 +182,7 @@ class CollectorProcess:
         self._spawn(self.collector.report())
         self._spawn(watch_pool(servers, spec.servers.vllm_server_timeout))
         segment_url = await self._serve_segments(spec, servers, key)
-        _spare_garbage_collector()
+        search_less_often()
         self.send(ready(servers, train, held_out, segment_url))
         # Last in, first out: nothing is still at work when what it works with is closed.
         self.closers.push_async_callback(self._end_tasks)
@@ -284,17 +284,6 @@ def _allow_files() -> None:
     wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
     if now != resource.RLIM_INFINITY and now < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
-def _spare_garbage_collector() -> None:
-    """Have cycles looked for less often, and not in what is there from now on.
-
-    Thousands of rollouts in flight are hundreds of thousands of objects, beside as many of the libraries. With the
-    usual thresholds they are walked through again and again: a third of the CPU time at 10,000 in flight.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, segment_url: str) -> Ready:

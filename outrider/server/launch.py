@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import gc
 import logging
 import signal
 import socket
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from outrider.contract.errors import UserError
+from outrider.contract.garbage import search_less_often
 from outrider.contract.threads import yield_idle_threads
 from outrider.server.app import ServerApp
 from outrider.server.auth import server_key
@@ -113,10 +113,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
             return
         await super().startup(sockets)
-        # What lives now lives on: the collector need not look at the imported libraries again and again, which stops
-        # all requests for a fifth of a second.
-        gc.collect()
-        gc.freeze()
+        search_less_often()
         host, port = self.listener.getsockname()[:2]
         print(ready_message(self.app.engine.info(), self.rollout, host, port), flush=True)
 

@@ -51,7 +51,7 @@ class Ranks:
     def __init__(self, shard_across_nodes: bool = True, shard_alone: bool = False) -> None:
         """Join the group that torchrun has described in the environment, where there is one. shard_across_nodes: all
         ranks share one copy of the model; else each node has a copy. shard_alone: a single process has a mesh, too,
-        as it needs for mixed precision on a GPU and for offloading."""
+        as it needs for offloading; on a GPU it has one in any case, for its mixed precision."""
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.node = int(os.environ.get("GROUP_RANK", "0"))
@@ -85,7 +85,7 @@ class Ranks:
             die_with_parent(signal.SIGTERM)
             with _ended_by_signals():
                 self._join("cuda" if on_gpu else "cpu")
-        elif shard_alone:
+        elif shard_alone or on_gpu:
             dist.init_process_group(_backend(on_gpu), store=dist.HashStore(), rank=0, world_size=1)
             self.mesh = init_device_mesh("cuda" if on_gpu else "cpu", (1,))
 

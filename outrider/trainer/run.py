@@ -51,7 +51,7 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
     child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
     prepare(spec)
-    ranks = Ranks(spec.model.shard_across_nodes, shard_alone=spec.model.fsdp_cpu_offload or torch.cuda.is_available())
+    ranks = Ranks(spec.model.shard_across_nodes, shard_alone=spec.model.fsdp_cpu_offload)
     try:
         ranks.watch(spec.run.heartbeat_timeout)
         compare_settings(ranks, spec.configuration)

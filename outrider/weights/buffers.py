@@ -4,12 +4,16 @@ import contextlib
 import mmap
 import os
 import tempfile
+import time
 
 import torch
 from torch import Tensor
 
 #: Tensors begin at multiples of this, bytes.
 _ALIGNMENT = 64
+#: Bytes of whole pages that are registered with CUDA in one go, which takes some milliseconds; and the seconds after.
+_PINNED_AT_ONCE = 32 * 2**20
+_BREATH = 0.001
 
 
 class HostBuffer:
@@ -59,10 +63,24 @@ class BufferLayout:
 
 def pin(memory: Tensor) -> bool:
     """Register mapped memory with CUDA, whose copies then go at the link's speed. False where that is not to be had:
-    they take longer. memory: bytes, [n]."""
-    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0:
-        return True
-    # The failure stays CUDA's last error, and the next kernel would be blamed for it.
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
-    return False
+    they take longer. memory: bytes, [n], from the beginning of a page on.
+
+    Done in pieces, with breaths between: while CUDA takes hold of pages, no other thread of the process gets to it.
+    """
+    register = torch.cuda.cudart().cudaHostRegister
+    for piece in memory.split(_PINNED_AT_ONCE):
+        if int(register(piece.data_ptr(), piece.numel(), 0)) != 0:
+            # The failure stays CUDA's last error, and the next kernel would be blamed for it.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda").add_(1)
+            unpin(memory[: piece.data_ptr() - memory.data_ptr()])
+            return False
+        time.sleep(_BREATH)
+    return True
+
+
+def unpin(memory: Tensor) -> None:
+    """Take back what :func:`pin` has done."""
+    for piece in memory.split(_PINNED_AT_ONCE):
+        torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
+        time.sleep(_BREATH)

@@ -1,6 +1,5 @@
 """A replica: a process that holds one copy of the model and does what the front tells it."""
 
-import gc
 import logging
 import os
 import threading
@@ -18,6 +17,7 @@ import zmq
 from torch import nn
 
 from outrider.contract.errors import UserError
+from outrider.contract.garbage import search_less_often
 from outrider.server.torch_engine.core import EngineCore
 from outrider.server.torch_engine.loading import load_model
 from outrider.server.torch_engine.messages import (
@@ -98,9 +98,7 @@ class Replica:
 
     def run(self) -> None:
         """Work until :class:`Quit` comes."""
-        # What lives now lives on: the collector need not look at the model again and again.
-        gc.collect()
-        gc.freeze()
+        search_less_often()
         core = self.core
         while not self._quit:
             self._receive(wait=not core.has_work)

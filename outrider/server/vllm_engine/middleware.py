@@ -1,7 +1,6 @@
 """The ASGI middleware of vLLM's server: the key, the server contract, and vLLM's own routes behind them."""
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -11,6 +10,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.contract.errors import UserError
+from outrider.contract.garbage import search_less_often
 from outrider.contract.keys import client_key
 from outrider.contract.routes import SERVER_ROUTES
 from outrider.server.app import ServerApp
@@ -91,9 +91,7 @@ class OutriderMiddleware:
         self.server.registry.register(OtherMetrics(self.server.metric_names()))
         self._asgi = self.server.asgi(key, StockRoutes(app, self.stock))
         await engine.start()
-        # What lives now lives on: looking at all of it again stops everybody for a good part of a second.
-        gc.collect()
-        gc.freeze()
+        search_less_often()
         # Clients that do not get on with their request lose their connection here, too.
         app.state.server.config.http_protocol_class = PatientProtocol
         # vLLM's own handler cuts off what is running; it is left in place for SIGINT.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from outrider.server.vllm_engine.copies import CopyPlan, Recorder
 from outrider.server.vllm_engine.messages import Part, TensorSource
-from outrider.weights.buffers import pin
+from outrider.weights.buffers import pin, unpin
 
 #: Files of published weights that stay mapped: a trainer writes into two of them by turns.
 _MAPPED = 4
@@ -225,4 +225,4 @@ class Sources:
         whole = self._files.pop(key)
         if whole.data_ptr() in self._pinned:
             self._pinned.discard(whole.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())
+            unpin(whole)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from outrider.contract.garbage import search_less_often
 from outrider.server.vllm_engine.differences import engine_index, sampled_tokens
 from outrider.server.vllm_engine.messages import (
     CommitReport,
@@ -29,6 +30,7 @@ class OutriderWorker:
 
     def outrider_prepare(self, number: int, directory: str, host: bool) -> None:
         """Make room for a second set of weights. host: in host memory. Called before there are requests."""
+        search_less_often()
         self._outrider = _Member(self, Path(directory), host)
         engine, rank = self._outrider.who
         self._outrider.report("prepare", Report(number=number, engine=engine, rank=rank), self._outrider.make_shadow)
