@@ -5,8 +5,8 @@
 64 prompts x 8 completions x 512 tokens a step, none of which ends earlier; random weights in the shape of Qwen3,
 bfloat16 on the server, float32 master weights. Seconds of a step are wall clock over the measured steps divided by
 their number. Then the two sides alone: a trainer that takes batches and computes nothing, and one that trains the same
-batches without a server; efficiency is the longer of these over the step. On one GPU, or none, both sides share it:
-that is for trying the script, with --shape tiny.
+batches without a server; efficiency is the longer of these over the step. A third GPU lets the two be measured at the
+same time. On one GPU, or none, both sides share it: that is for trying the script, with --shape tiny.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main() -> None:
         limit = given.new_tokens + 64
         running = given.prompts * given.completions
         flags = ["--max_model_len", str(limit), "--max_num_seqs", str(min(running, 512))]
-        with server("server", model, directory, *flags, ours=True, gpus=str(max(gpus - 1, 0))) as side:
+        with server("server", model, directory, *flags, ours=True, gpus=str(min(gpus - 1, 1) if gpus else 0)) as side:
             side.wait()
             words = trainer_flags(given, model, directory, side.port)
             result: dict[str, Any] = {
@@ -69,9 +70,14 @@ def main() -> None:
             result["seconds_per_step"] = result["k2"]["seconds_per_step"]
             given.out.write_text(json.dumps(result, indent=1))
             part = [sys.executable, str(HERE / "trainers.py")]
-            result["generate_alone"] = summary(run(directory / "generate", [*part, "consume", *words]), given.steps)
-        ledger = str(directory / "k2" / "ledger.sqlite")
-        result["train_alone"] = summary(run(directory / "train", [*part, "replay", ledger, *words]), given.steps)
+            replay = [*part, "replay", str(directory / "k2" / "ledger.sqlite"), *words]
+            with ThreadPoolExecutor() as pool:
+                train = pool.submit(run, directory / "train", replay, "2") if gpus > 2 else None
+                consumed = run(directory / "generate", [*part, "consume", *words])
+                result["generate_alone"] = summary(consumed, given.steps)
+                given.out.write_text(json.dumps(result, indent=1))
+                replayed = train.result() if train else None
+        result["train_alone"] = summary(replayed or run(directory / "train", replay), given.steps)
         alone = max(result[kind]["seconds_per_step"] for kind in ("generate_alone", "train_alone"))
         result["efficiency"] = round(alone / result["seconds_per_step"], 3)
     given.out.write_text(json.dumps(result, indent=1))
@@ -91,11 +97,11 @@ def trainer_flags(given: argparse.Namespace, model: Path, directory: Path, port:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def run(place: Path, command: list[str]) -> list[dict[str, Any]]:
+def run(place: Path, command: list[str], gpu: str = "0") -> list[dict[str, Any]]:
     """The rows of its steps. Raises SystemExit when it fails."""
     ended = subprocess.run(
         [*command, "--output_dir", str(place)],
-        env={**os.environ, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": visible("0")}, capture_output=True, text=True,
+        env={**os.environ, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": visible(gpu)}, capture_output=True, text=True,
         timeout=400, check=False,
     )  # fmt: skip
     if ended.returncode:
