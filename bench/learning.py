@@ -20,13 +20,14 @@ tables and, last, one line of JSON; --plot needs matplotlib.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -208,6 +209,16 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@contextlib.contextmanager
+def _server(log: Path, cores: Collection[int] | None) -> Iterator[str]:
+    """The URL of a server on these cores; none is started where nobody asks it."""
+    if cores is None:
+        yield ""
+        return
+    with rollout_server(DEMO_MODEL, log, "--threads", "1", cores=cores) as (_, url):
+        yield url
+
+
 def main() -> None:
     """Run everything, seed by seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,8 +244,8 @@ def main() -> None:
         place = Path(directory)
         write_jsonl(place / "train.jsonl", problems("train", 7000, 0))
         with (
-            rollout_server(DEMO_MODEL, place / "pinned.log", "--threads", "1", cores=[server_core]) as (_, pinned),
-            rollout_server(DEMO_MODEL, place / "free.log", "--threads", "1", cores=cores) as (_, free),
+            _server(place / "pinned.log", [server_core] if options.bounds else None) as pinned,
+            _server(place / "free.log", cores) as free,
         ):
             for seed in options.seeds:
                 for kind, runs in curves.items():
