@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# Whole runs from the command line, by one process, several, and several nodes.
+# Whole runs from the command line, by one process, several, and several nodes; and the benches, small.
 test-runs: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'runs and not kills'
 

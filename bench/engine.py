@@ -1,6 +1,6 @@
 """Tokens per second of the embedded engine over HTTP, of Transformers `generate` in process, and of vLLM over HTTP.
 
-    python bench/engine.py [--rounds 3] [--vllm_python PATH]
+    python bench/engine.py [--rounds 3] [--concurrency 64 256] [--new_tokens 128] [--vllm_python PATH] [--busy]
 
 One model, one set of prompts, 64 and 256 requests at once, sampled at temperature 1 with log-probabilities, all sides
 interleaved in one run, each when the machine has become idle. `generate` gets the whole batch at once, its best case.
@@ -11,10 +11,10 @@ line of JSON; a side not installed is null.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import statistics
@@ -22,22 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
 import torch
 from models import save_bench_model
-from processes import wait_for_quiet
+from processes import ENVIRONMENT, KEY, START_DEADLINE, add_busy, rollout_server, start, wait_for_quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-PROMPT_TOKENS, NEW_TOKENS = 64, 128
-CONCURRENCY = (64, 256)
+PROMPT_TOKENS = 64
 PEER_DTYPES = ("bfloat16", "float32")
-KEY = "bench"
-START_DEADLINE = 300.0
 
 
 def make_prompts(count: int, seed: int) -> list[list[int]]:
@@ -46,14 +43,14 @@ def make_prompts(count: int, seed: int) -> list[list[int]]:
     return [[source.randrange(3, 99) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-async def ask(url: str, model: str, prompts: list[list[int]]) -> int:
+async def ask(url: str, model: str, prompts: list[list[int]], new_tokens: int) -> int:
     """Send all prompts at once; the number of tokens that came back."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": f"Bearer {KEY}"}
     ) as session:
 
         async def one(prompt: list[int]) -> int:
-            body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 1.0, "logprobs": 0,
+            body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 1.0, "logprobs": 0,
                     "return_token_ids": True}  # fmt: skip
             async with session.post(f"{url}/v1/completions", json=body) as answer:
                 answer.raise_for_status()
@@ -62,19 +59,19 @@ async def ask(url: str, model: str, prompts: list[list[int]]) -> int:
         return sum(await asyncio.gather(*(one(prompt) for prompt in prompts)))
 
 
-def http_side(url: str, model: str) -> Callable[[list[list[int]]], float]:
+def http_side(url: str, model: str, new_tokens: int) -> Callable[[list[list[int]]], float]:
     """Measure a server: tokens per second."""
 
     def run(prompts: list[list[int]]) -> float:
         started = time.perf_counter()
-        tokens = asyncio.run(ask(url, model, prompts))
-        assert tokens == len(prompts) * NEW_TOKENS, tokens
+        tokens = asyncio.run(ask(url, model, prompts, new_tokens))
+        assert tokens == len(prompts) * new_tokens, tokens
         return tokens / (time.perf_counter() - started)
 
     return run
 
 
-def generate_side(model: Path, dtype: str) -> Callable[[list[list[int]]], float]:
+def generate_side(model: Path, dtype: str, new_tokens: int) -> Callable[[list[list[int]]], float]:
     """Measure Transformers' `generate` on the whole batch: tokens per second."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
 
@@ -83,28 +80,32 @@ def generate_side(model: Path, dtype: str) -> Callable[[list[list[int]]], float]
         started = time.perf_counter()
         with torch.inference_mode():
             out = loaded.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=True, temperature=1.0,
                 top_k=0, output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
             # The log-probability of each token, which every other side gives too.
             for step, logits in enumerate(out.logits):
                 torch.log_softmax(logits.float(), -1).gather(1, out.sequences[:, PROMPT_TOKENS + step, None])
-        return len(prompts) * NEW_TOKENS / (time.perf_counter() - started)
+        return len(prompts) * new_tokens / (time.perf_counter() - started)
 
     return run
 
 
-def free_port() -> int:
-    """A port nobody listens on now."""
+@contextlib.contextmanager
+def stock_server(python: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
+    """vLLM's own server, healthy, as long as the block lasts; its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_server(command: list[str], url: str, log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    """Start a server and wait until it answers."""
-    with open(log, "wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"),
+        *("--port", str(port), "--dtype", dtype, "--max-num-seqs", "256", "--max-model-len", "512"),
+    ]
+    # Its own environment, in which idle threads spin, as it is started by its users.
+    environment = {**os.environ, **{name: ENVIRONMENT[name] for name in ("HF_HUB_OFFLINE", "OUTRIDER_API_KEY")},
+                   "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+    server = start(command, None, log, environment)
 
     async def healthy() -> bool:
         try:
@@ -114,12 +115,17 @@ def start_server(command: list[str], url: str, log: Path, environment: dict[str,
         except (TimeoutError, aiohttp.ClientError):
             return False
 
-    until = time.monotonic() + START_DEADLINE
-    while not asyncio.run(healthy()):
-        if server.poll() is not None or time.monotonic() > until:
-            raise SystemExit(f"{' '.join(command)} did not start:\n{log.read_text()[-3000:]}")
-        time.sleep(0.5)
-    return server
+    try:
+        until = time.monotonic() + START_DEADLINE
+        while not asyncio.run(healthy()):
+            if server.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"{' '.join(command)} did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def has_vllm(python: str) -> bool:
@@ -131,55 +137,39 @@ def main() -> None:
     """Measure all sides, round by round."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 256], help="requests at once")
+    parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--vllm_python", default=sys.executable)
+    add_busy(parser)
     options = parser.parse_args()
-    servers = []
+    new_tokens = options.new_tokens
     results: dict[tuple[str, int], list[float]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        model = save_bench_model(Path(directory) / "model")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OUTRIDER_API_KEY": KEY}
-        ours = f"http://127.0.0.1:{free_port()}"
-        command = [
-            *(sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(model), "--host", "127.0.0.1"),
-            *("--port", re.sub(r".*:", "", ours)),
-        ]
-        sides: dict[str, Callable[[list[list[int]]], float]] = {}
-        try:
-            servers.append(start_server(command, ours, Path(directory) / "ours.log", environment))
-            sides["outrider"] = http_side(ours, str(model))
-            for dtype in PEER_DTYPES:
-                sides[f"generate {dtype}"] = generate_side(model, dtype)
-            for dtype in PEER_DTYPES if has_vllm(options.vllm_python) else ():
-                theirs = f"http://127.0.0.1:{free_port()}"
-                command = [
-                    *(options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-                    *("--host", "127.0.0.1", "--port", re.sub(r".*:", "", theirs), "--dtype", dtype),
-                    *("--max-num-seqs", "256", "--max-model-len", "512"),
-                ]
-                vllm_environment = {**environment, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
-                servers.append(start_server(command, theirs, Path(directory) / "vllm.log", vllm_environment))
-                sides[f"vllm {dtype}"] = http_side(theirs, str(model))
-            for round_ in range(options.rounds + 1):
-                for count in CONCURRENCY:
-                    for name, run in sides.items():
-                        wait_for_quiet()
-                        speed = run(make_prompts(count, seed=round_))
-                        if round_:  # the first round warms up
-                            results.setdefault((name, count), []).append(speed)
-                            print(f"{name} {count}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-        finally:
-            for server in servers:
-                os.killpg(server.pid, signal.SIGTERM)
-            for server in servers:
-                server.wait(30)
-    table = Table("side", *(f"{count} at once, tokens/s" for count in CONCURRENCY), title="medians")
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        place = Path(directory)
+        model = save_bench_model(place / "model")
+        _, ours = stack.enter_context(rollout_server(model, place / "ours.log"))
+        sides = {"outrider": http_side(ours, str(model), new_tokens)}
+        for dtype in PEER_DTYPES:
+            sides[f"generate {dtype}"] = generate_side(model, dtype, new_tokens)
+        for dtype in PEER_DTYPES if has_vllm(options.vllm_python) else ():
+            server = stock_server(options.vllm_python, model, dtype, place / f"vllm-{dtype}.log")
+            sides[f"vllm {dtype}"] = http_side(stack.enter_context(server), str(model), new_tokens)
+        for round_ in range(options.rounds + 1):
+            for count in options.concurrency:
+                for name, run in sides.items():
+                    wait_for_quiet(options.busy)
+                    speed = run(make_prompts(count, seed=round_))
+                    if round_:  # the first round warms up
+                        results.setdefault((name, count), []).append(speed)
+                        print(f"{name} {count}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+    table = Table("side", *(f"{count} at once, tokens/s" for count in options.concurrency), title="medians")
     median = {key: statistics.median(values) for key, values in results.items()}
     for name in sides:
-        table.add_row(name, *(f"{median[name, count]:,.0f}" for count in CONCURRENCY))
+        table.add_row(name, *(f"{median[name, count]:,.0f}" for count in options.concurrency))
     Console(highlight=False).print(table)
     summary: dict[str, float | None] = {}
     for peer in ("generate", "vllm"):
-        for count in CONCURRENCY:
+        for count in options.concurrency:
             theirs = [median[key] for dtype in PEER_DTYPES if (key := (f"{peer} {dtype}", count)) in median]
             ratio = median["outrider", count] / max(theirs) if theirs else None
             summary[f"ratio_{peer}_{count}"] = ratio and round(ratio, 3)

@@ -20,25 +20,26 @@ tables and, last, one line of JSON; --plot needs matplotlib.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
+from models import DEMO_MODEL
 from processes import rollout_server, run, start, two_cores
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import outrider.demo
 from outrider.demo.pretrain import accuracy
 from outrider.demo.task import Problem, problems, write_jsonl
 from outrider.observe.figures import percent
@@ -46,7 +47,6 @@ from outrider.observe.metrics import read_metrics, steps_of
 from outrider.observe.parts import SERVERS, TRAINER, shares
 
 HERE = Path(__file__).parent
-MODEL = Path(outrider.demo.__file__).parent / "model"
 TARGET = 0.80
 
 
@@ -83,8 +83,8 @@ class Judge:
     def __init__(self, tasks: Sequence[Problem]) -> None:
         torch.set_num_threads(1)  # the same sums whatever else runs, and no waiting for a thread that has no core
         self.tasks = tasks
-        self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+        self.model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
         self.start = self.accuracy(dict(self.model.named_parameters()))
 
     def accuracy(self, weights: dict[str, torch.Tensor]) -> float:
@@ -99,12 +99,11 @@ class Judge:
         return [(0.0, self.start), *((copy["seconds"], self.accuracy(copy["weights"])) for copy in kept)]  # type: ignore
 
 
-def run_outrider(work: Work, bound: int, port: int, cores: list[int], judge: Judge) -> Curve:
+def run_outrider(work: Work, bound: int, url: str, cores: list[int], judge: Judge) -> Curve:
     """Train with K = ``bound`` on a running server."""
     flags = {
         "model": work.model,
-        "vllm_server_host": "127.0.0.1",
-        "vllm_server_port": port,
+        "vllm_server_base_url": url,
         "dataset": work.train,
         "reward_funcs": "exact_match",
         "num_generations": work.completions,
@@ -160,7 +159,9 @@ def has_trl(python: str) -> bool:
 
 
 def speedup(slow: list[Curve], fast: list[Curve]) -> float | None:
-    """Median over the seeds of the ratio of times to the target; None where one has not reached it."""
+    """Median over the seeds of the ratio of times to the target; None where one has not reached it, or was not run."""
+    if len(slow) != len(fast):
+        return None
     times = [[seconds_to(TARGET, curve.points) for curve in curves] for curves in (slow, fast)]
     ratios = [a / b for a, b in zip(*times, strict=True) if a and b]
     return round(statistics.median(ratios), 3) if len(ratios) == len(slow) > 0 else None
@@ -208,11 +209,21 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@contextlib.contextmanager
+def _server(log: Path, cores: Collection[int] | None) -> Iterator[str]:
+    """The URL of a server on these cores; none is started where nobody asks it."""
+    if cores is None:
+        yield ""
+        return
+    with rollout_server(DEMO_MODEL, log, "--threads", "1", cores=cores) as (_, url):
+        yield url
+
+
 def main() -> None:
     """Run everything, seed by seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bounds", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--bounds", type=int, nargs="*", default=[0, 1, 2, 4], help="of a core each")
     parser.add_argument("--trl_python", default=sys.executable)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--completions", type=int, default=8)
@@ -233,13 +244,13 @@ def main() -> None:
         place = Path(directory)
         write_jsonl(place / "train.jsonl", problems("train", 7000, 0))
         with (
-            rollout_server(MODEL, [server_core], 1, place / "pinned.log") as (_, pinned),
-            rollout_server(MODEL, cores, 1, place / "free.log") as (_, free),
+            _server(place / "pinned.log", [server_core] if options.bounds else None) as pinned,
+            _server(place / "free.log", cores) as free,
         ):
             for seed in options.seeds:
                 for kind, runs in curves.items():
                     work = Work(
-                        model=str(MODEL),
+                        model=str(DEMO_MODEL),
                         train=str(place / "train.jsonl"),
                         directory=str(place / f"{kind}, seed {seed}"),
                         file=str(place / f"{kind}, seed {seed}.pt"),

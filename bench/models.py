@@ -7,6 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import outrider.demo
 
+#: The demo's start model, and its tokenizer.
+DEMO_MODEL = Path(outrider.demo.__file__).parent / "model"
+
 
 def save_bench_model(directory: Path) -> Path:
     """A Qwen3 of 4.8 million parameters with the demo's tokenizer. It has no end-of-text token, so that every
@@ -29,7 +32,7 @@ def save_bench_model(directory: Path) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(Path(outrider.demo.__file__).parent / "model")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(directory)
     return directory

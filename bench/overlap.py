@@ -76,13 +76,12 @@ def write_prompts(path: Path, count: int, tokens: int, silent: float) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def one_round(place: Path, options: argparse.Namespace, port: int, server: int, core: int) -> dict[str, Side]:
+def one_round(place: Path, options: argparse.Namespace, url: str, server: int, core: int) -> dict[str, Side]:
     """The four measurements."""
     rollouts = options.prompts * options.completions
     flags = {
         "model": place.parent / "model",
-        "vllm_server_host": "127.0.0.1",
-        "vllm_server_port": port,
+        "vllm_server_base_url": url,
         "dataset": place.parent / "prompts.jsonl",
         "dataset_shuffle": "false",
         "reward_funcs": f"{HERE / 'rewards.py'}:varied",
@@ -172,10 +171,10 @@ def main() -> None:
         place = Path(directory)
         model = save_bench_model(place / "model")
         write_prompts(place / "prompts.jsonl", 4096, options.prompt_tokens, options.silent)
-        flags = ("--data_parallel_size", "1")
-        with rollout_server(model, [server_core], 1, place / "server.log", *flags) as (server, port):
+        flags = ("--threads", "1", "--data_parallel_size", "1")
+        with rollout_server(model, place / "server.log", *flags, cores=[server_core]) as (server, url):
             for number in range(options.rounds):
-                rounds.append(one_round(place / f"round-{number}", options, port, server, trainer_core))
+                rounds.append(one_round(place / f"round-{number}", options, url, server, trainer_core))
                 seconds = {kind: round(side.seconds, 3) for kind, side in rounds[-1].items()}
                 print(f"round {number + 1}: {seconds}", file=sys.stderr, flush=True)
     print_seconds(rounds)

@@ -1,5 +1,6 @@
 """Servers and trainers as processes on chosen cores, and the CPU time of each."""
 
+import argparse
 import contextlib
 import functools
 import os
@@ -8,37 +9,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from outrider.contract.lifetime import die_with_parent
 
-START_DEADLINE = 120.0
+START_DEADLINE = 300.0
 #: Seconds between two looks at a running trainer.
 TICK = 0.3
 #: The machine counts as idle when no more than so many cores were busy for so many seconds.
 QUIET_CORES, QUIET_WINDOW, QUIET_DEADLINE = 0.15, 0.5, 30.0
 
-#: The environment that outrider's own commands make for themselves, and one key for all.
+#: Of all servers here.
+KEY = "bench"
+#: The environment that outrider's own commands make for themselves.
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
-    "OUTRIDER_API_KEY": "bench",
+    "OUTRIDER_API_KEY": KEY,
 }
 
 
-def _settle(cores: Collection[int]) -> None:
-    os.sched_setaffinity(0, cores)
+def _settle(cores: Collection[int] | None) -> None:
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
     die_with_parent(signal.SIGTERM)
 
 
 def start(
-    command: list[str], cores: Collection[int], log: Path, environment: dict[str, str] = ENVIRONMENT
+    command: list[str], cores: Collection[int] | None, log: Path, environment: Mapping[str, str] = ENVIRONMENT
 ) -> "subprocess.Popen[bytes]":
-    """Start a process on ``cores``, which its children inherit, with its output in ``log``."""
+    """Start a process on ``cores``, which its children inherit, with its output in ``log``; None: on all."""
     with open(log, "wb") as output:
         return subprocess.Popen(
             command,
@@ -52,25 +56,26 @@ def start(
 
 @contextlib.contextmanager
 def rollout_server(
-    model: Path, cores: Collection[int], threads: int, log: Path, *flags: str
-) -> Iterator[tuple[int, int]]:
-    """``outrider rollout``, as long as the block lasts; its process id and its port."""
+    model: Path, log: Path, *flags: str, cores: Collection[int] | None = None, environment: Mapping[str, str] = {}
+) -> Iterator[tuple[int, str]]:
+    """``outrider rollout`` with these flags, ready, as long as the block lasts; its process id and its URL. cores: all
+    where it is None. environment: what it has besides ``ENVIRONMENT``."""
     command = [
         *(sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(model), "--host", "127.0.0.1"),
-        *("--port", "0", "--threads", str(threads), "--drain_timeout", "2", *flags),
+        *("--port", "0", "--drain_timeout", "0", *flags),
     ]
-    server = start(command, cores, log)
+    server = start(command, cores, log, {**ENVIRONMENT, **environment})
     try:
         until = time.monotonic() + START_DEADLINE
-        while not (found := re.search(r"^listening on \S+:(\d+)", log.read_text(errors="replace"), re.MULTILINE)):
+        while not (found := re.search(r"^ready: .* on (\S+:\d+), ", log.read_text(errors="replace"), re.MULTILINE)):
             if server.poll() is not None or time.monotonic() > until:
                 raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.1)
-        yield server.pid, int(found.group(1))
+        yield server.pid, f"http://{found.group(1)}"
     finally:
         server.terminate()
         try:
-            server.wait(20)
+            server.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
@@ -139,9 +144,16 @@ def _machine_seconds() -> float:
     return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_for_quiet() -> None:
+def add_busy(parser: argparse.ArgumentParser) -> None:
+    """The flag of benches that :func:`wait_for_quiet`."""
+    parser.add_argument("--busy", action="store_true", help="on a busy machine too, where figures say nothing")
+
+
+def wait_for_quiet(busy: bool = False) -> None:
     """Wait until the machine is idle, so that what ran before does not count against what runs next: servers clean up
-    and threads spin for a while after their last answer. SystemExit when it does not become so."""
+    and threads spin for a while after their last answer. SystemExit when it does not become so. busy: do not wait."""
+    if busy:
+        return
     until = time.monotonic() + QUIET_DEADLINE
     while True:
         before = _machine_seconds()

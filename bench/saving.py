@@ -28,14 +28,14 @@ WARM_UP = 3
 
 
 def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
-    """One rank of the trainer; rank 0 prints the seconds of the windows as JSON: without, with, until a copy was made,
-    and from the beginning of a save to its end."""
+    """One rank of the trainer; rank 0 prints the seconds of the windows as JSON: without, with, that the optimizer
+    waited for a copy, and from the beginning of a save to the end of the step in which it has ended."""
     import torch
     from transformers import AutoTokenizer
 
     from outrider.algorithm.losses import LossSpec
     from outrider.contract.arrays import pack_floats, pack_ints
-    from outrider.contract.feed import Batch, BatchStats, Sample
+    from outrider.contract.feed import MiniBatch, Sample
     from outrider.trainer.checkpoint import checkpoint_path
     from outrider.trainer.clock import StepClock
     from outrider.trainer.config import BatchConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -66,8 +66,7 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
         )
         for index in range(options.rollouts)
     ]
-    stats = BatchStats(**(dict.fromkeys(BatchStats.__struct_fields__, 0.0) | {"rewards": {}}))
-    batch = Batch(step=0, samples=samples, sequences=len(samples), tokens=len(samples) * options.tokens, stats=stats)
+    batch = MiniBatch(samples=samples, sequences=len(samples), tokens=len(samples) * options.tokens)
     saver = writer = None
     if ranks.leads:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -77,7 +76,10 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
 
     def step() -> float:
         """The seconds that the optimizer waited for a copy."""
-        computer.gradients(batch, StepClock())
+        clock = StepClock()
+        [work] = computer.prepare([batch], clock)
+        outcome = computer.gradients(work, clock)
+        assert outcome.tokens == batch.tokens  # all of them are trained
         started = time.monotonic()
         (saver or writer).wait_for_copy()
         waited = time.monotonic() - started
@@ -87,7 +89,7 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
 
     def begin(number: int) -> None:
         if saver is not None:
-            saver.begin_checkpoint(number, 10**6, 0.0)
+            saver.begin_checkpoint(number, number, 10**6, 0.0)
         else:
             match decode(ranks.hear()):
                 case Save(step=saved, number=report):
@@ -98,22 +100,23 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
     found: dict[str, list[float]] = {"without": [], "with": [], "waited": [], "save": []}
     for number in range(2 * options.rounds):
         saves = number % 2 == 1
-        waited, ended = 0.0, None
+        waited = begun = took = 0.0
         started = time.monotonic()
         for index in range(options.window):
             waited += step()
             if saves and index == 0:
                 begin(number)
                 begun = time.monotonic()
-            if saves and saver is not None and ended is None and index > 0 and saver.settled:
-                ended = time.monotonic() - begun
+            if saves and saver is not None and not took and index > 0 and saver.settled:
+                took = time.monotonic() - begun
         if saves and saver is not None:
             saver.settle()
+            took = took or time.monotonic() - begun
         seconds = time.monotonic() - started
         found["with" if saves else "without"].append(seconds)
         if saves:
             found["waited"].append(waited)
-            found["save"].append(seconds if ended is None else ended)
+            found["save"].append(took)
     if saver is not None:
         saver.close()
         print(json.dumps(found), flush=True)

@@ -28,8 +28,8 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import torch
-from engine import KEY, free_port, start_server
 from models import save_bench_model
+from processes import KEY, rollout_server
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -294,20 +294,12 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        model, port = save_bench_model(Path(directory) / "model"), free_port()
-        url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(model), "--host", "127.0.0.1",
-                   "--port", str(port), "--torch_dtype", "float32", "--data_parallel_size", "2", "--max_num_seqs", "64",
-                   "--max_model_len", "1024", "--kv_cache_gib", "0.12"]  # fmt: skip
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OUTRIDER_API_KEY": KEY}
-        log = Path(directory) / "server.log"
-        server = start_server(command, url, log, environment)
-        try:
-            soak = Soak(url, server.pid, model, options.seed)
+        model, log = save_bench_model(Path(directory) / "model"), Path(directory) / "server.log"
+        flags = ("--torch_dtype", "float32", "--data_parallel_size", "2", "--max_num_seqs", "64",
+                 "--max_model_len", "1024", "--kv_cache_gib", "0.12")  # fmt: skip
+        with rollout_server(model, log, *flags) as (server, url):
+            soak = Soak(url, server, model, options.seed)
             result = asyncio.run(soak.run(options.minutes * 60))
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
         lines = log.read_text().splitlines()
         errors = [line for line in lines if "Traceback" in line]
         if errors:

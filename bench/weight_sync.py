@@ -1,6 +1,6 @@
 """A weight update on two CPU cores while a server generates 64 sequences: how long its clients wait for a token.
 
-    python bench/weight_sync.py [--updates 8]
+    python bench/weight_sync.py [--updates 8] [--rounds 2] [--engines torch vllm] [--busy]
 
 Three ways, interleaved: the embedded engine and vLLM by staging and committing, and vLLM by its own reload from a
 directory in memory (`reload_weights` through /collective_rpc), which is what a CPU has in place of NCCL. One model
@@ -12,25 +12,22 @@ usual gap; late_ms: by how much all later tokens are late. Prints a table of med
 import argparse
 import contextlib
 import json
-import os
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 from models import save_bench_model
-from processes import wait_for_quiet
+from processes import START_DEADLINE, add_busy, rollout_server, wait_for_quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
-from updates import KEY, Load, Window, call, staged_update, stalls
+from updates import Load, Window, call, staged_update, stalls
 
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo
@@ -38,27 +35,23 @@ from outrider.weights.publish import Publisher
 from outrider.weights.segments import segment_directory
 
 RUNNING, STREAMS, NEW_TOKENS = 64, 4, 900
-START_DEADLINE = 300.0
+#: vLLM's own routes are asked as well.
+ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
-def start(stack: contextlib.ExitStack, model: Path, log: Path, *flags: str) -> str:
-    """A server, ended with ``stack``; its URL, once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(model), "--host", "127.0.0.1",
-               "--port", str(port), "--max_num_seqs", str(RUNNING), "--kv_cache_gib", "1", "--drain_timeout", "0",
-               "--torch_dtype", "float32", *flags]  # fmt: skip
-    environment = {**os.environ, "OUTRIDER_API_KEY": KEY, "VLLM_SERVER_DEV_MODE": "1"}
-    with open(log, "wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    stack.callback(lambda: (server.terminate(), server.wait(60)))
+def wait_until_running(url: str) -> None:
+    """Wait until all sequences have begun, and some seconds of tokens have come."""
     until = time.monotonic() + START_DEADLINE
-    while "\nready:" not in log.read_text(errors="replace"):
-        if server.poll() is not None or time.monotonic() > until:
-            raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
-        time.sleep(0.2)
-    return f"http://127.0.0.1:{port}"
+    while _running(url) < RUNNING:
+        if time.monotonic() > until:
+            raise SystemExit(f"{url} never runs {RUNNING} sequences")
+        time.sleep(0.1)
+    time.sleep(2)
+
+
+def _running(url: str) -> float:
+    lines = call(url, "/metrics").decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
 def staging(url: str, model: Path, updates: int) -> list[Window]:
@@ -90,39 +83,52 @@ def reloading(url: str, copy: Path, updates: int) -> list[Window]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--updates", type=int, default=8)
-    updates = parser.parse_args().updates
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=8, help="of each way, in all rounds")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=["torch", "vllm"], default=["torch", "vllm"])
+    add_busy(parser)
+    options = parser.parse_args()
+    updates = options.updates // options.rounds
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         model = save_bench_model(directory / "model")
         copy = Path(tempfile.mkdtemp(prefix="outrider-bench-", dir=segment_directory()))
         stack.callback(shutil.rmtree, copy)
         shutil.copytree(model, copy, dirs_exist_ok=True)
-        embedded = start(stack, model, directory / "embedded.log", "--engine", "torch")
-        vllm = start(stack, model, directory / "vllm.log", "--engine", "vllm")
-        sides = {
-            "embedded, staged": (embedded, lambda: staging(embedded, model, updates // 2)),
-            "vLLM, staged": (vllm, lambda: staging(vllm, model, updates // 2)),
-            "vLLM, its own reload": (vllm, lambda: reloading(vllm, copy, updates // 2)),
-        }
+        urls = {}
+        for engine in options.engines:
+            flags = ("--engine", engine, "--max_num_seqs", str(RUNNING), "--kv_cache_gib", "1",
+                     "--torch_dtype", "float32")  # fmt: skip
+            server = rollout_server(model, directory / f"{engine}.log", *flags, environment=ENVIRONMENT)
+            _, urls[engine] = stack.enter_context(server)
+        sides: dict[str, tuple[str, Callable[[], list[Window]]]] = {}
+        if embedded := urls.get("torch"):
+            sides["embedded, staged"] = (embedded, lambda: staging(embedded, model, updates))
+        if vllm := urls.get("vllm"):
+            sides["vLLM, staged"] = (vllm, lambda: staging(vllm, model, updates))
+            sides["vLLM, its own reload"] = (vllm, lambda: reloading(vllm, copy, updates))
         gaps: dict[str, list[float]] = {name: [] for name in sides}
         late: dict[str, list[float]] = {name: [] for name in sides}
         usual: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(2):
+        for _ in range(options.rounds):
             for label, (url, change) in sides.items():
-                wait_for_quiet()
+                wait_for_quiet(options.busy)
                 with Load(url, str(model), RUNNING, STREAMS, NEW_TOKENS) as load:
-                    time.sleep(3)
+                    wait_until_running(url)
                     windows = change()
                     time.sleep(2)
                 found, behind, gap = stalls(load.arrivals, windows)
                 gaps[label] += found
                 late[label] += behind
                 usual[label].append(gap)
-    table = Table("way", "usual gap, ms", "stall, ms", "late, ms", title=f"{RUNNING} sequences, medians of {updates}")
+    table = Table(
+        "way", "usual gap, ms", "stall, ms", "late, ms", title=f"{RUNNING} sequences, medians of {options.updates}"
+    )
     result = {}
     for label in sides:
+        if not gaps[label]:
+            raise SystemExit(f"{label}: streams ended or began beside every update; ask for more of them (--updates)")
         row = [statistics.median(values) for values in (usual[label], gaps[label], late[label])]
         table.add_row(label, *(f"{value:.1f}" for value in row))
         key = label.replace(", its own ", "_").replace(", ", "_").lower()
