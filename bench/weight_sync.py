@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import torch
 from models import save_bench_model
-from processes import START_DEADLINE, add_busy, rollout_server, wait_for_quiet
+from processes import add_busy, rollout_server, wait_for_quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
