@@ -138,8 +138,15 @@ def _update_charts(steps: list[StepRecord], logprob_gap_alarm: float | None) -> 
         _over_steps("Gradient norm", steps, {"gradient norm": "grad_norm"}, floor=0),
         _over_steps("Clipped tokens", steps, clipped, unit="share", floor=0, format=percent),
         _over_steps("KL to the reference", steps, {"KL": "kl"}, unit="nats"),
+        *_entropy_chart(steps),
         _over_steps("Learning rate", steps, {"learning rate": "learning_rate"}, floor=0),
     ]
+
+
+def _entropy_chart(steps: list[StepRecord]) -> list[Chart]:
+    """Where a run has had --log_entropy."""
+    known = [step for step in steps if step.entropy is not msgspec.UNSET]
+    return [_over_steps("Entropy", known, {"entropy": "entropy"}, unit="nats", floor=0)] if known else []
 
 
 def _time_section(steps: list[StepRecord]) -> str:

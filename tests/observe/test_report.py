@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 
 from outrider.observe.charts import Chart, render_chart
 from outrider.observe.records import MetricsRow, StepRecord
@@ -72,11 +73,18 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in page.text
     assert "0.100 → 1.000" not in page.text  # replaced by the summary's
-    assert page.count("svg") == 19
+    assert page.count("svg") == 20
     assert page.count("polygon", "band") > 0
     assert page.count("title") > 300
     assert text.startswith("<!DOCTYPE html>")
     assert not (tmp_path / "report.html.tmp").exists()
+
+
+def test_entropy_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    with_it, _ = report(tmp_path, [make_step(1), make_step(2)])
+    without, _ = report(tmp_path, [make_step(1, entropy=UNSET), make_step(2, entropy=UNSET)])
+    assert "Entropy" in with_it.text
+    assert "Entropy" not in without.text
 
 
 def test_it_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
@@ -113,7 +121,7 @@ def test_short_runs(tmp_path: Path, rows: list[MetricsRow]) -> None:
     page, text = report(tmp_path, rows, max_staleness=0, logprob_gap_alarm=0.1)
     assert all(-1 <= value <= 400 for value in coordinates(text))
     # Every chart either has a drawing or says why not.
-    assert page.count("svg") + page.text.count("no data") in (19, 21)
+    assert page.count("svg") + page.text.count("no data") in (20, 21)
 
 
 def test_weird_rows(tmp_path: Path, weird_step: StepRecord) -> None:
