@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from outrider.server.vllm_engine.messages import TensorSource
 
@@ -32,6 +33,16 @@ class Copy(NamedTuple):
     size: tuple[int, ...]
 
 
+class _Source(NamedTuple):
+    """A published tensor, by where it lies. It may be gone by now, and another one there."""
+
+    begin: int
+    end: int
+    name: str
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Recorder(TorchDispatchMode):
     """Notes what is copied from published tensors to parameters while it is entered. parameters: all of the model."""
 
@@ -40,7 +51,7 @@ class Recorder(TorchDispatchMode):
         parameters = list(parameters)
         self._storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self._expected = sum(parameter.numel() for parameter in parameters)
-        self._sources: list[tuple[int, str, Tensor]] = []
+        self._sources: list[_Source] = []
         self._copies: list[Copy] = []
         self._filled = 0
         self._lost = False
@@ -48,7 +59,10 @@ class Recorder(TorchDispatchMode):
     def source(self, name: str, tensor: Tensor) -> Tensor:
         """Announce a published tensor; returns it."""
         if tensor.numel():
-            bisect.insort(self._sources, (tensor.data_ptr(), name, tensor), key=lambda item: item[0])
+            begin = tensor.data_ptr()
+            source = _Source(begin, begin + tensor.nbytes, name, tensor.stride(), tensor.dtype)
+            self._sources = [each for each in self._sources if each.end <= source.begin or each.begin >= source.end]
+            bisect.insort(self._sources, source)
         return tensor
 
     def plan(self) -> "CopyPlan | None":
@@ -61,7 +75,7 @@ class Recorder(TorchDispatchMode):
         reads = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
         if func in reads and self._origin(args[0]) is not None:
             self._lost = True  # a value that Python may have put anywhere
-        elif func._schema.is_mutable and any(self._is_parameter(value) for value in [*args, *kwargs.values()]):
+        elif func._schema.is_mutable and any(map(self._is_parameter, tree_leaves((args, kwargs)))):
             if func is torch.ops.aten.copy_.default and (copy := self._copy(*args[:2])) is not None:
                 self._copies.append(copy)
             elif func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
@@ -73,26 +87,23 @@ class Recorder(TorchDispatchMode):
     def _is_parameter(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._storages
 
-    def _origin(self, tensor: Tensor) -> tuple[int, str, Tensor] | None:
+    def _origin(self, tensor: Tensor) -> _Source | None:
         """The published tensor that it is a view of."""
-        at = bisect.bisect_right(self._sources, tensor.data_ptr(), key=lambda item: item[0]) - 1
-        if at < 0:
-            return None
-        begin, _, whole = self._sources[at]
-        return self._sources[at] if tensor.data_ptr() < begin + whole.nbytes else None
+        place = tensor.data_ptr()
+        at = bisect.bisect_right(self._sources, place, key=lambda source: source.begin) - 1
+        return self._sources[at] if at >= 0 and place < self._sources[at].end else None
 
     def _copy(self, target: Tensor, tensor: Tensor) -> Copy | None:
         origin = self._origin(tensor)
         if origin is None:
             return None
-        begin, name, whole = origin
-        if tensor.shape != target.shape or tensor.stride() != whole.stride() or tensor.dtype != whole.dtype:
+        if tensor.shape != target.shape or tensor.stride() != origin.stride or tensor.dtype != origin.dtype:
             return None
-        offset, start = (tensor.data_ptr() - begin) // whole.element_size(), []
-        for stride in whole.stride():
+        offset, start = (tensor.data_ptr() - origin.begin) // tensor.element_size(), []
+        for stride in origin.stride:
             start.append(offset // stride)
             offset %= stride
-        return Copy(target, name, tuple(start), tuple(tensor.shape))
+        return Copy(target, origin.name, tuple(start), tuple(tensor.shape))
 
 
 class CopyPlan:
