@@ -16,7 +16,12 @@ from outrider.trainer.sharding import blocks_of, local, whole_tensor
 from outrider.trainer.step import StepComputer
 from tests.trainer.build import batch_of, make_policy, random_samples
 
-SETTINGS: dict[str, dict[str, Any]] = {"offload": {"fsdp_cpu_offload": True}, "varlen": {"attn_impl": "varlen"}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "offload": {"fsdp_cpu_offload": True},
+    "varlen": {"attn_impl": "varlen"},
+    "recomputed": {"gradient_checkpointing": True},
+    "compiled": {"torch_compile": True},
+}
 
 
 def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **settings: Any) -> dict[str, Any]:
@@ -52,12 +57,13 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **sett
     return {"outcomes": outcomes, "weights": weights}
 
 
-def main(model: str, output: str, copies: str, *variants: str) -> None:
-    """copies: of the model, each on a part of the ranks as if that were a node."""
+def main(model: str, output: str, copies: str, peers: str, *variants: str) -> None:
+    """copies: of the model, each on a part of the ranks as if that were a node. peers: ranks that compute layers
+    together."""
     torch.set_num_threads(1)
     if int(copies) > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(copies))
-    ranks = Ranks(shard_across_nodes=copies == "1")
+    ranks = Ranks(shard_across_nodes=copies == "1", peers=int(peers))
     found = {}
     for variant in variants:
         beta, rows, budget, *more = variant.split(",")
