@@ -66,15 +66,16 @@ def answers_for(tensor: Tensor, seat: Seat) -> bool:
     return seat.index == 0
 
 
-def published_rows(tensor: Tensor, seat: Seat) -> range:
-    """The whole rows that the rank at ``seat`` publishes. Peers that have columns of the same rows exchange them, so
-    that each has some whole ones."""
+def has_columns(tensor: Tensor) -> bool:
+    """Whether each peer has some columns of its rows, instead of whole ones."""
+    return isinstance(tensor, DTensor) and split_dimension(tensor) == 1
+
+
+def first_row(tensor: Tensor, seat: Seat) -> int:
+    """Of the whole ones that the rank at ``seat`` publishes. Peers that have columns of the same rows exchange them, so
+    that each has a share of the rows."""
     rows = part_of(tensor, seat)[0]
-    if not answers_for(tensor, seat):
-        return rows[:0]
-    if isinstance(tensor, DTensor) and split_dimension(tensor) == 1:
-        return _share(rows, seat.peers, seat.peer)
-    return rows
+    return (_share(rows, seat.peers, seat.peer) if has_columns(tensor) else rows).start
 
 
 def share_of(size: int, parts: int, index: int) -> range:

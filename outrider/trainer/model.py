@@ -19,8 +19,10 @@ from transformers import (
 
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
+from outrider.contract.manifest import DTypeName
 from outrider.trainer.config import ModelConfig
-from outrider.trainer.layout import PEERS
+from outrider.trainer.exchange import Exchange
+from outrider.trainer.layout import PEERS, Seat, first_row
 from outrider.trainer.loading import fill, load_model, make_empty
 from outrider.trainer.logprobs import Head, token_logprobs
 from outrider.trainer.packing import Flat, MicroBatch, Rows
@@ -163,8 +165,16 @@ class Policy:
         return model_fingerprint(self.config.to_dict())
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """This rank's rows of the weights by name, tied ones once."""
+        """This rank's part of the weights by name, tied ones once."""
         return {name: local(parameter.data) for name, parameter in self.model.named_parameters()}
+
+    def exchange(self, seat: Seat, dtype: DTypeName) -> Exchange:
+        """The rows that the rank at ``seat``, this one, publishes."""
+        return Exchange(dict(self.model.named_parameters()), seat, getattr(torch, dtype), self._peers)
+
+    def first_rows(self, seat: Seat) -> dict[str, int]:
+        """Where the rows begin that the rank at ``seat`` publishes."""
+        return {name: first_row(parameter, seat) for name, parameter in self.model.named_parameters()}
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole weights by name."""

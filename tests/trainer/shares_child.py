@@ -63,13 +63,14 @@ def follow(ranks: Ranks, writer: RowWriter, model: nn.Module, directory: Path) -
                 return
 
 
-def main(output: str, directory: str, copies: str, resumed: str, *models: str) -> None:
-    """copies: of the model, each on a part of the ranks. resumed: a checkpoint, or nothing for a first step."""
+def main(output: str, directory: str, copies: str, peers: str, resumed: str, *models: str) -> None:
+    """copies: of the model, each on a part of the ranks. peers: ranks that compute layers together. resumed: a
+    checkpoint, or nothing for a first step."""
     torch.set_num_threads(1)
     agreement.VISIBLE = 0.3
     if int(copies) > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(copies))
-    ranks = Ranks(shard_across_nodes=copies == "1")
+    ranks = Ranks(shard_across_nodes=copies == "1", peers=int(peers))
     run = Path(directory)
     found: dict[str, Any] = {"loaded": {model: loaded(ranks, Path(model)) for model in models}}
     found["refused"] = refused(ranks, run)
