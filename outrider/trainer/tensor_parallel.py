@@ -63,7 +63,7 @@ def plan_of(model: PreTrainedModel, peers: int) -> Plan:
         raise UserError(f"{refused} has no plan for it in this version of Transformers; {remedy}")
     for name, path in _unknown(modules, plan, rules):
         raise UserError(f"{refused} has {name} for {path}, which this trainer does not take; {remedy}")
-    _check_sizes(model, peers, refused)
+    _check_sizes(model, plan, peers, refused)
     return plan
 
 
@@ -86,15 +86,19 @@ def _unknown(modules: dict[str, nn.Module], plan: Plan, rules: Plan) -> Iterator
             yield "no style", _wildcard(path)
 
 
-def _check_sizes(model: PreTrainedModel, peers: int, refused: str) -> None:
+def _check_sizes(model: PreTrainedModel, plan: Plan, peers: int, refused: str) -> None:
     """Raises UserError where heads or columns do not come out even."""
     text = model.config.get_text_config()
     sizes = {name: size for name in _SHARED_OUT if isinstance(size := getattr(text, name, None), int)}
+    for path, name in plan.items():
+        if name in STYLES:
+            columns = model.get_parameter(f"{path}.weight").shape[STYLES[name].dimension]
+            sizes[f"columns of {path}:"] = columns
     uneven = [f"{name} {size}" for name, size in sizes.items() if size % peers]
     if uneven:
         common = math.gcd(*sizes.values())
         good = [str(size) for size in range(1, common + 1) if common % size == 0]
-        raise UserError(f"{refused} has {', '.join(uneven)}, which {peers} does not divide; give {' or '.join(good)}")
+        raise UserError(f"{refused} has {uneven[0]}, which {peers} does not divide; give {' or '.join(good)}")
 
 
 def _wildcard(path: str) -> str:

@@ -34,12 +34,14 @@ def loaded(ranks: Ranks, model: Path) -> dict[str, Any]:
     """What the ranks have of a model that one of them has loaded; shared: bytes of this rank's rows."""
     policy = make_policy(model, ranks=ranks)
     parameters = dict(policy.model.named_parameters())
+    logprobs, entropy = policy.logprobs_and_entropy(one_a_row(random_samples(4, seed=1)))
     return {
         "parameters": whole(parameters),
         "buffers": {name: buffer.clone() for name, buffer in policy.model.named_buffers()},
         "rows": sum(len(local(parameter)) for parameter in parameters.values()),
         "sharing": policy.sharing,
-        "logprobs": policy.logprobs(one_a_row(random_samples(4, seed=1))).detach(),
+        "logprobs": logprobs.detach(),
+        "entropy": entropy,
     }
 
 

@@ -89,8 +89,9 @@ def test_a_shared_model_is_the_one_that_transformers_loads(
         # A pair has columns of some, and each of it the norms of blocks.
         assert ranks == "pair" or found["rows"] == sum(-(-len(value) // 2) for value in alone.model.parameters())
         assert found["sharing"] == alone.sharing
-        logprobs = alone.logprobs(one_a_row(random_samples(4, seed=1))).detach()
-        torch.testing.assert_close(found["logprobs"], logprobs, rtol=0, atol=1e-5)
+        logprobs, entropy = alone.logprobs_and_entropy(one_a_row(random_samples(4, seed=1)))
+        torch.testing.assert_close(found["logprobs"], logprobs.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["entropy"], entropy, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "files"), [("two", 2), ("four", 2), ("pair", 2), ("pairs", 4)])

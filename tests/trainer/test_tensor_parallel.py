@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from outrider.contract.errors import UserError
 from outrider.contract.manifest import Manifest, Piece, Segment, TensorEntry, joined
@@ -32,6 +39,8 @@ def test_a_plan_names_the_layers_of_every_block(kind: str, layers: int, summed: 
          "--tensor_parallel_size 2: GPT2LMHeadModel has no plan for it .*; leave it out"),
         (CONFIGS["qwen3"], 4,
          "--tensor_parallel_size 4: Qwen3ForCausalLM has num_key_value_heads 2, which 4 does not divide; give 1 or 2"),
+        (Qwen2Config(hidden_size=32, num_hidden_layers=1, vocab_size=99, num_attention_heads=4, num_key_value_heads=4,
+                     intermediate_size=18), 4, "has intermediate_size 18, which 4 does not divide; give 1 or 2"),
         (Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_experts=4, vocab_size=99), 2,
          "--tensor_parallel_size 2: Qwen3MoeForCausalLM has the style 'moe_tp_experts' of a .* for "
          r"model.layers.\*.mlp.experts, which this trainer does not take; leave it out"),
