@@ -33,6 +33,7 @@ def _consequences(config: TrainConfig, resolved: Resolved, placement: Placement)
     lines = [
         "what follows",
         f"    {_processes(placement)}",
+        *_tensor_parallel(config, resolved),
         f"    {_batch(config, resolved)}; {_steps(config, resolved)}; {_micro_batches(config, resolved)}",
         f"    {_staleness(resolved.max_staleness, resolved.groups_per_batch)}",
         f"    correction: {resolved.correction_mode}; clip range: {clip}",
@@ -49,6 +50,16 @@ def _processes(placement: Placement) -> str:
     if placement.nodes > 1:
         total = f"{placement.nodes} nodes x {placement.processes} = {total}, this is node {placement.node}"
     return f"{total} ({placement.why})" if placement.why else total
+
+
+def _tensor_parallel(config: TrainConfig, resolved: Resolved) -> list[str]:
+    size = config.model.tensor_parallel_size
+    if size == 1:
+        return []
+    groups = _counted(resolved.world_size, "group")
+    return [
+        f"    tensor parallelism: {groups} of {size} processes that compute every layer together, each a device below"
+    ]
 
 
 def _batch(config: TrainConfig, resolved: Resolved) -> str:

@@ -13,8 +13,8 @@ MASTER_PORT = 29500
 @dataclass(frozen=True)
 class Placement:
     """launches: this process is to start ``processes`` ranks on this node, number ``node`` of ``nodes``; otherwise it
-    is one of them, or all that there is. address, port: where rank 0 is found, port 0 for any that is free. why: there
-    are so many, in words."""
+    is one of so many. address, port: where rank 0 is found, port 0 for any that is free. why: there are so many, in
+    words."""
 
     world_size: int
     launches: bool = False
@@ -25,6 +25,19 @@ class Placement:
     port: int = 0
     why: str = field(default="", compare=False)
 
+    def data_size(self, tensor_parallel_size: int) -> int:
+        """How many micro-batches are computed at a time, by so many processes each. UserError where those would not be
+        on one node."""
+        if self.processes % tensor_parallel_size:
+            near = self.processes - self.processes % tensor_parallel_size
+            fewer = f"{near} or " if near else ""
+            raise UserError(
+                f"--tensor_parallel_size {tensor_parallel_size}: a node has {self.processes} processes, which it does "
+                f"not divide, and those that compute layers together are on one node; start {fewer}"
+                f"{near + tensor_parallel_size} on each (NPROC_PER_NODE), or give a divisor of their number"
+            )
+        return self.world_size // tensor_parallel_size
+
 
 def find_placement(
     environment: Mapping[str, str], gpus: Callable[[Mapping[str, str]], int] = visible_gpus
@@ -33,7 +46,9 @@ def find_placement(
     NPROC_PER_NODE a node has one process for each GPU that it shows, and one without GPUs. UserError where they are
     wrong."""
     if "WORLD_SIZE" in environment and "LOCAL_RANK" in environment:  # torchrun has started this one
-        return Placement(_count(environment, "WORLD_SIZE"), why="torchrun has started them")
+        total = _count(environment, "WORLD_SIZE")
+        here = _count(environment, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else total
+        return Placement(total, processes=here, why="torchrun has started them")
     nodes, asked = _count(environment, "NNODES"), _count(environment, "NPROC_PER_NODE")
     if nodes * asked == 1 and _count(environment, "WORLD_SIZE") > 1:
         raise UserError(

@@ -31,7 +31,7 @@ def start(config: TrainConfig, command: list[str]) -> int:
     """Train, or print what would be done with ``--dry_run``. Only the first process prints. command: the module and
     arguments that have led here, for processes to be started with."""
     placement = find_placement(os.environ)
-    resolved = resolve(config, placement.world_size)
+    resolved = resolve(config, placement.data_size(config.model.tensor_parallel_size))
     if config.run.dry_run:
         if is_first_process(os.environ):
             show(describe(config, resolved, placement))

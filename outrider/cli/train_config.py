@@ -43,6 +43,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     """What follows from a :class:`TrainConfig` and the number of trainer processes.
 
+    world_size: of them, those of one tensor-parallel group counted once, as the one device that they are here.
     max_staleness: K. rollouts_per_batch = groups_per_batch x num_generations, of which mini_batches are made, with
     steps_per_batch = mini_batches x num_iterations optimizer steps; micro_batches: of one device in an optimizer step,
     unless a token budget forms them. reward_weights: one for each function.

@@ -7,7 +7,7 @@ pieces, in order: a rank that holds rows ``a:b`` of a row-major tensor holds one
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -84,16 +84,20 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     return faults
 
 
-def joined(parts: Sequence[Manifest]) -> Manifest:
-    """One version of which each rank has described its own rows, in the order of the ranks."""
+def joined(parts: Sequence[Manifest], first_rows: Sequence[Mapping[str, int]] | None = None) -> Manifest:
+    """One version of which each rank has described its own rows. first_rows: for each rank, where its rows of a tensor
+    begin; without it, they lie in the order of the ranks."""
     first = parts[0]
     starts = list(itertools.accumulate((len(part.segments) for part in parts), initial=0))
     tensors = []
     for entries in zip(*(part.tensors for part in parts), strict=True):
+        order = list(range(len(parts)))
+        if first_rows is not None:
+            order.sort(key=lambda rank: first_rows[rank][entries[0].name])
         pieces = tuple(
-            msgspec.structs.replace(piece, segment=start + piece.segment)
-            for start, entry in zip(starts, entries, strict=False)
-            for piece in entry.pieces
+            msgspec.structs.replace(piece, segment=starts[rank] + piece.segment)
+            for rank in order
+            for piece in entries[rank].pieces
         )
         tensors.append(msgspec.structs.replace(entries[0], pieces=pieces))
     segments = tuple(segment for part in parts for segment in part.segments)

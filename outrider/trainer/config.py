@@ -46,6 +46,9 @@ class ModelConfig(Section):
         bool,
         option("Shard the model over all nodes; false: each node shards a copy over its own processes (HSDP)"),
     ] = True
+    tensor_parallel_size: Annotated[
+        int, option("Processes of a node that compute each layer together, from the same micro-batches", ge=1)
+    ] = 1
 
 
 class BatchConfig(Section):

@@ -95,9 +95,9 @@ class Follower:
         url = order.segment_url
         if self.ranks.node > 0:
             url = self._serve(order)
-        description = Description(self.ranks, self.run_id)
+        description = Description(self.ranks, self.run_id, self.parts.policy)
         self.publisher = make_publisher(
-            self.parts.policy, order.serving_dtype, self.run_id, url, description.give, self.ranks.in_first_copy
+            self.parts.policy, order.serving_dtype, self.run_id, url, description.give, self.ranks
         )
         self.closers.callback(self.publisher.close)
 

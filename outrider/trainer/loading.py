@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from outrider.contract.errors import UserError
 from outrider.trainer.config import ModelConfig
+from outrider.trainer.layout import part_of
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import Whole, local, share_of
+from outrider.trainer.sharding import Whole, local
 
 
 def load_model(config: ModelConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -59,7 +60,7 @@ def fill(root: Whole, whole: PreTrainedModel | None, ranks: Ranks, device: torch
     model = root.model
     given = {} if whole is None else dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
-        _fill_rows(parameter, given.get(name), ranks)
+        _fill_part(parameter, given.get(name), ranks)
     # What a checkpoint does not hold, such as the frequencies of rotary embeddings, is made when a model is loaded.
     made = {} if whole is None else {name: holder[key] for name, holder, key in _beside_parameters(whole)}
     for name, holder, key in _beside_parameters(model):
@@ -71,21 +72,21 @@ def fill(root: Whole, whole: PreTrainedModel | None, ranks: Ranks, device: torch
         model.generation_config = whole.generation_config
 
 
-def _fill_rows(parameter: Tensor, whole: Tensor | None, ranks: Ranks) -> None:
-    """This rank's rows of a parameter; whole: all of them, on rank 0."""
+def _fill_part(parameter: Tensor, whole: Tensor | None, ranks: Ranks) -> None:
+    """This rank's part of a parameter; whole: all of it, on rank 0."""
     mine = local(parameter)
     if whole is None:
-        rows = torch.empty(mine.shape, dtype=parameter.dtype)
-        if rows.numel():
-            dist.recv(rows, 0)
-        mine.copy_(rows)
+        part = torch.empty(mine.shape, dtype=parameter.dtype)
+        if part.numel():
+            dist.recv(part, 0)
+        mine.copy_(part)
         return
-    shares = [share_of(len(whole), ranks.shards, index) for index in range(ranks.shards)]
-    for rank in range(1, ranks.size):
-        share = shares[rank % ranks.shards]
-        if share:
-            dist.send(whole[share.start : share.stop].to(parameter.dtype).contiguous(), rank)
-    mine.copy_(whole[shares[0].start : shares[0].stop])
+    for rank in range(ranks.size):
+        place = tuple(slice(span.start, span.stop) for span in part_of(parameter, ranks.seat(rank)))
+        if rank == 0:
+            mine.copy_(whole[place])
+        elif whole[place].numel():
+            dist.send(whole[place].to(parameter.dtype).contiguous(), rank)
 
 
 def _beside_parameters(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -19,13 +19,17 @@ from transformers import (
 
 from outrider.contract.errors import UserError
 from outrider.contract.identity import model_fingerprint
+from outrider.contract.manifest import DTypeName
 from outrider.trainer.config import ModelConfig
+from outrider.trainer.exchange import Exchange
+from outrider.trainer.layout import PEERS, Seat, first_row
 from outrider.trainer.loading import fill, load_model, make_empty
 from outrider.trainer.logprobs import Head, token_logprobs
 from outrider.trainer.packing import Flat, MicroBatch, Rows
 from outrider.trainer.ranks import Ranks
 from outrider.trainer.sharding import Whole, blocks_of, give_up_gathered, hold_until_last, local, may_hold, shard
 from outrider.trainer.sharing import PADDING, Sharing, find_sharing, shared_mask
+from outrider.trainer.tensor_parallel import Plan, join_gradients, over_peers, plan_of, split
 from outrider.trainer.varlen import VARLEN, bounds_of, kernel_takes
 
 #: Tokens of a sequence at which variable-length attention costs as much as the linear layers, in hidden sizes: 6 by
@@ -69,6 +73,9 @@ class Policy:
         self.sharing: Sharing | None = None
         #: Whether weights are gathered from shares, and then stay gathered over the micro-batches of a step.
         self._sharded, self._holds = False, False
+        #: Of the ranks that compute layers together, and how the model says that they do; None without any.
+        self._peers = None if ranks is None or ranks.peer_mesh is None else ranks.peer_mesh[PEERS]
+        self._plan: Plan = {}
         #: Whether micro-batches are flat.
         self.flat = bool(flat)
         self._may_be_flat = flat is None and (
@@ -87,11 +94,14 @@ class Policy:
         else:
             whole = self._load_and_check(config, source, dtype, trainable, ranks)
             self._use(make_empty(config, self.config, dtype), config, trainable)
+            if self._peers is not None:
+                self._plan = plan_of(self.model, self._peers.size())
+                split(self.model, self._plan, self._peers)
             reshards = config.fsdp_reshard_after_forward
             if reshards is None:
                 reshards = config.fsdp_cpu_offload or not may_hold(self.model, mesh, compute)
             gathered = compute if compute != torch.float32 else None
-            shard(self._whole, mesh, gathered, config.fsdp_cpu_offload, holds=not reshards)
+            shard(self._whole, mesh, gathered, config.fsdp_cpu_offload, not reshards, ranks.peer_mesh)
             self._sharded, self._holds = True, not reshards
             fill(self._whole, whole, ranks, device, config.fsdp_cpu_offload)
         self.device = device
@@ -133,6 +143,8 @@ class Policy:
 
     def _check(self, config: ModelConfig, source: str, trainable: bool) -> None:
         self._check_projection(source)
+        if self._peers is not None:
+            plan_of(self.model, self._peers.size())
         if self._may_be_flat:
             self.flat = self._can_be_flat() and kernel_takes(self.config, self._compute, self._home)
             if config.attn_impl == "varlen" and not self.flat:
@@ -156,8 +168,16 @@ class Policy:
         return model_fingerprint(self.config.to_dict())
 
     def published_tensors(self) -> dict[str, Tensor]:
-        """This rank's rows of the weights by name, tied ones once."""
+        """This rank's part of the weights by name, tied ones once."""
         return {name: local(parameter.data) for name, parameter in self.model.named_parameters()}
+
+    def exchange(self, seat: Seat, dtype: DTypeName) -> Exchange:
+        """The rows that the rank at ``seat``, this one, publishes."""
+        return Exchange(dict(self.model.named_parameters()), seat, getattr(torch, dtype), self._peers)
+
+    def first_rows(self, seat: Seat) -> dict[str, int]:
+        """Where the rows begin that the rank at ``seat`` publishes."""
+        return {name: first_row(parameter, seat) for name, parameter in self.model.named_parameters()}
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole weights by name."""
@@ -169,9 +189,11 @@ class Policy:
             hold_until_last(self._whole, last)
 
     def end_step(self) -> None:
-        """Before the optimizer changes the weights."""
+        """Before gradients are used, and the optimizer changes the weights."""
         if self._sharded:
             give_up_gathered(self._whole)
+        if self._peers is not None:
+            join_gradients(self.model, self._plan, self._peers)
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities of the trained tokens; float32 [tokens]. With shards, all ranks call it as often."""
@@ -188,7 +210,13 @@ class Policy:
             # Not hidden[where]: rollouts share the place that predicts their first token, and the backward pass of
             # indexing adds what comes to one place in an order that several threads leave open.
             chosen = embedding(batch.where, hidden.flatten(0, 1))
-            return token_logprobs(chosen, batch.targets, self._head, self.temperature, self.chunk, entropy)
+
+            def project(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+                return token_logprobs(hidden, targets, self._head, self.temperature, self.chunk, entropy)
+
+            if self._peers is None:
+                return project(chosen, batch.targets)
+            return over_peers(project, chosen, batch.targets, self._peers)
 
     def _of_layout(self, batch: MicroBatch) -> Tensor:
         match batch.layout:

@@ -65,8 +65,9 @@ class Description:
     """Where the ranks put together the manifest of a version: rank 0 announces it when all have described their
     rows."""
 
-    def __init__(self, ranks: Ranks, run_id: str) -> None:
+    def __init__(self, ranks: Ranks, run_id: str, policy: Policy) -> None:
         self._ranks, self._run_id = ranks, run_id
+        self._first_rows = [policy.first_rows(ranks.seat(rank)) for rank in range(ranks.shards)]
 
     def give(self, part: Manifest) -> None:
         """This rank's rows; on any rank but the first."""
@@ -78,7 +79,7 @@ class Description:
             msgspec.json.decode(self._ranks.take(self._name(part.version, rank)), type=Manifest)
             for rank in range(1, self._ranks.shards)
         ]
-        return joined([part, *others])
+        return joined([part, *others], self._first_rows)
 
     def _name(self, version: int, rank: int) -> str:
         return f"{self._run_id}/{version}/{rank}"
@@ -109,17 +110,19 @@ def make_publisher(
     run_id: str,
     segment_url: str | None,
     announce: Callable[[Manifest], None],
-    in_first_copy: bool = True,
+    ranks: Ranks,
 ) -> Publisher:
-    """Of this rank's rows. in_first_copy: without it there is nothing to publish, since others do."""
-    if not in_first_copy:
+    """Of this rank's rows. Only ranks of the first copy of the model have something to publish."""
+    if not ranks.in_first_copy:
         return Publisher({}, dtype, run_id, policy.fingerprint, None)
+    exchange = policy.exchange(ranks.seat(), dtype)
     return Publisher(
-        policy.published_tensors(),
+        exchange.tensors,
         dtype,
         run_id,
         policy.fingerprint,
         segment_url,
         announce,
         policy.published_shapes(),
+        exchange.refresh,
     )

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from outrider.contract.errors import UserError
 from outrider.contract.lifetime import die_with_parent
 from outrider.trainer.heartbeat import Heartbeat, Hello, new_token
+from outrider.trainer.layout import Seat
 from outrider.weights.segment_server import address_towards, means_this_host, outward_address
 
 #: Seconds for a collective of a step: whoever is not there by then is not coming. A rank that dies closes its
@@ -48,10 +49,11 @@ def lost_connection(error: Exception) -> str | None:
 class Ranks:
     """One process, or torchrun's: rank 0 leads, and the others do as they are told."""
 
-    def __init__(self, shard_across_nodes: bool = True, shard_alone: bool = False) -> None:
+    def __init__(self, shard_across_nodes: bool = True, shard_alone: bool = False, peers: int = 1) -> None:
         """Join the group that torchrun has described in the environment, where there is one. shard_across_nodes: all
         ranks share one copy of the model; else each node has a copy. shard_alone: a single process has a mesh, too,
-        as it needs for offloading; on a GPU it has one in any case, for its mixed precision."""
+        as it needs for offloading; on a GPU it has one in any case, for its mixed precision. peers: ranks next to each
+        other that compute every layer together; they divide the ranks of a node."""
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.node = int(os.environ.get("GROUP_RANK", "0"))
@@ -69,7 +71,14 @@ class Ranks:
                 torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         #: Whether the other ranks wait for an order, and are not in the middle of something, or gone.
         self.listening = self.size > 1
+        #: Of ranks that share what they have: one dimension, or copies x ranks.
         self.mesh: DeviceMesh | None = None
+        #: The same ranks as shards x peers, or copies x shards x peers; None without peers.
+        self.peer_mesh: DeviceMesh | None = None
+        #: Ranks that compute every layer together, from the same micro-batches, and which of them this one is.
+        self.peers, self.peer = peers, self.rank % peers
+        #: How many micro-batches are computed at a time, and which of them this rank computes.
+        self.data_size, self.data_rank = self.size // peers, self.rank // peers
         self._orders: Any = None
         #: Ranks that share one copy of the model; with several copies, the first ranks have the first one.
         self.shards = self.size
@@ -87,7 +96,7 @@ class Ranks:
                 self._join("cuda" if on_gpu else "cpu")
         elif shard_alone or on_gpu:
             dist.init_process_group(_backend(on_gpu), store=dist.HashStore(), rank=0, world_size=1)
-            self.mesh = init_device_mesh("cuda" if on_gpu else "cpu", (1,))
+            self.mesh = self._mesh("cuda" if on_gpu else "cpu", ranks=1)
 
     def _join(self, device: str) -> None:
         patience = datetime.timedelta(seconds=COLLECTIVE)
@@ -96,15 +105,20 @@ class Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
             dist.init_process_group(_backend(device == "cuda"), timeout=patience)
-            if (copies := self.size // self.shards) > 1:
-                self.mesh = init_device_mesh(device, (copies, self.shards), mesh_dim_names=("copies", "shards"))
-            else:
-                self.mesh = init_device_mesh(device, (self.size,))
+            self.mesh = self._mesh(device, ranks=self.shards)
+            if self.peers > 1:
+                self.peer_mesh = self._mesh(device, shards=self.shards // self.peers, peers=self.peers)
             self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
         except RuntimeError as error:
             raise UserError(
                 f"rank {self.rank} on node {self.node} could not join the others: {str(error).splitlines()[0]}"
             ) from error
+
+    def _mesh(self, device: str, **sizes: int) -> DeviceMesh:
+        """Of all ranks, where ``sizes`` by name are the dimensions of one copy of the model."""
+        if (copies := self.size // self.shards) > 1:
+            sizes = {"copies": copies} | sizes
+        return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     @property
     def several_nodes(self) -> bool:
@@ -167,6 +181,10 @@ class Ranks:
         """Whether this rank's rows are of the copy of the model that is published and saved."""
         return self.rank < self.shards
 
+    def seat(self, rank: int | None = None) -> Seat:
+        """Where a rank stands among those of its copy of the model; this one, unless another is asked for."""
+        return Seat((self.rank if rank is None else rank) % self.shards, self.shards, self.peers)
+
     @contextlib.contextmanager
     def together(self, order: bytes) -> Iterator[None]:
         """Rank 0 tells the others to do something, and does it as well. Where that fails here, they hang in it: they
@@ -206,8 +224,10 @@ class Ranks:
         dist.all_gather_object(found, message, group=self._orders)
         return found
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Elementwise over ranks, in place."""
+    def sum(self, values: Tensor, counts: bool) -> Tensor:
+        """Elementwise over ranks, in place. counts: whether this rank's are added; another one may have the same."""
+        if not counts:
+            values.zero_()
         if self.size > 1:
             dist.all_reduce(values)
         return values

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from outrider.contract.disk import synchronize
 from outrider.contract.errors import UserError
 from outrider.trainer.directories import first_line
-from outrider.trainer.sharding import share_of
+from outrider.trainer.layout import Seat, answers_for, part_of
+from outrider.trainer.sharding import local
 
 #: Where a checkpoint has the optimizer's state.
 OPTIMIZER = "optimizer"
@@ -54,7 +54,8 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Rows(msgspec.Struct):
-    """Rows of tensors by name, and at which place of the whole tensor each of them begins."""
+    """Rows of tensors by name, whole or a range of their columns, and at which place of the whole tensor each of them
+    begins."""
 
     tensors: dict[str, Tensor]
     offsets: dict[str, list[int]]
@@ -68,28 +69,25 @@ class Rows(msgspec.Struct):
 
 
 class Share(msgspec.Struct, frozen=True):
-    """Which of ``parts`` ranks, that have one copy of the model between them, this one is."""
+    """What one of the ranks that have a copy of the model between them saves of it."""
 
-    index: int
-    parts: int
+    seat: Seat
 
     def rows(self, tensors: dict[str, Tensor]) -> Rows:
-        """What it has of ``tensors``: its own memory, no copy. What is not sharded is the first one's."""
+        """What it has of ``tensors``: its own memory, no copy. What several have is the first one's."""
         found = Rows({}, {})
         for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                rows, first = tensor.to_local(), share_of(tensor.shape[0], self.parts, self.index).start
-                if rows.numel():
-                    found.tensors[name], found.offsets[name] = rows, [first, *[0] * (rows.ndim - 1)]
-            elif self.index == 0:
-                found.tensors[name], found.offsets[name] = tensor, [0] * tensor.ndim
+            rows = local(tensor)
+            if rows.numel() and answers_for(tensor, self.seat):
+                found.tensors[name] = rows
+                found.offsets[name] = [span.start for span in part_of(tensor, self.seat)]
         return found
 
     def write(self, directory: Path, weights: Rows, optimizer: Rows) -> None:
         """Its files in a checkpoint. Raises OSError, SafetensorError."""
-        name = f"{self.index + 1:05}-of-{self.parts:05}.safetensors"
+        name = f"{self.seat.index + 1:05}-of-{self.seat.parts:05}.safetensors"
         (directory / OPTIMIZER).mkdir(exist_ok=True)
-        weights.write(directory / ("model.safetensors" if self.parts == 1 else f"model-{name}"))
+        weights.write(directory / ("model.safetensors" if self.seat.parts == 1 else f"model-{name}"))
         optimizer.write(directory / OPTIMIZER / name)
 
 

@@ -15,6 +15,7 @@ from outrider.contract.errors import UserError
 from outrider.contract.feed import Batch, Begin, EvalResult, Kept, Ready
 from outrider.contract.identity import model_fingerprint
 from outrider.contract.keys import client_key
+from outrider.contract.manifest import Manifest
 from outrider.observe.metrics import MetricsWriter, read_metrics
 from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
@@ -51,7 +52,7 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
     """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
     child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
     prepare(spec)
-    ranks = Ranks(spec.model.shard_across_nodes, shard_alone=spec.model.fsdp_cpu_offload)
+    ranks = Ranks(spec.model.shard_across_nodes, spec.model.fsdp_cpu_offload, spec.model.tensor_parallel_size)
     try:
         ranks.watch(spec.run.heartbeat_timeout)
         compare_settings(ranks, spec.configuration)
@@ -158,14 +159,16 @@ class Trainer:
                 "or --num_train_epochs to go on"
             )
         dtype, segment_url = self.ready.serving_dtype, self.ready.segment_url or None
-        description = Description(self.ranks, spec.run_id)
+        description = Description(self.ranks, spec.run_id, policy)
         with self.ranks.together(encode(Open(dtype, segment_url, spec.server_url, client_key(spec.api_key)))):
-            self.publisher = make_publisher(
-                policy, dtype, spec.run_id, segment_url, lambda part: self.link.announce(description.whole(part))
-            )
+            announce = functools.partial(self._announce, description)
+            self.publisher = make_publisher(policy, dtype, spec.run_id, segment_url, announce, self.ranks)
         self.closers.callback(self.publisher.close)
         self.link.check_reach(weight_nodes(self.ranks, spec.run_id, segment_url), REACH_DEADLINE)
         self._publish()
+
+    def _announce(self, description: Description, part: Manifest) -> None:
+        self.link.announce(description.whole(part))
 
     def _panel(self, plain: bool) -> Panel:
         logging = msgspec.structs.replace(self.spec.logging, panel="off") if plain else self.spec.logging

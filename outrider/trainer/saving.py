@@ -78,7 +78,7 @@ class RowWriter:
     def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         self.policy, self.optimizer = policy, optimizer
         self._ranks = ranks
-        self._share = Share(ranks.rank % ranks.shards, ranks.shards)
+        self._share = Share(ranks.seat())
         self._thread = ThreadPoolExecutor(1, "checkpoint", self._use_device)
         self._memory = HostCopy()
         self._ready: torch.cuda.Event | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 
@@ -28,20 +28,29 @@ class Whole(nn.Module):
 
 
 def shard(
-    whole: Whole, mesh: DeviceMesh, compute_dtype: torch.dtype | None, offload: bool = False, holds: bool = False
+    whole: Whole,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype | None,
+    offload: bool = False,
+    holds: bool = False,
+    peer_mesh: DeviceMesh | None = None,
 ) -> None:
-    """Block by block, then the rest. mesh: one dimension, or copies x shards. compute_dtype: in which parameters are
+    """Block by block, then the rest. mesh: one dimension, or copies x ranks. compute_dtype: in which parameters are
     gathered, None for their own. offload: shares, gradients and optimizer state stay in host memory. holds: what is
-    gathered stays, see :func:`hold_until_last`. Gradients are added up in float32, and not averaged: the loss is
-    divided by the counts of all ranks already."""
+    gathered stays, see :func:`hold_until_last`. peer_mesh: the same ranks with peers as the last dimension, over which
+    the blocks have been split. Gradients are added up in float32, and not averaged: the loss is divided by the counts
+    of all ranks already."""
     keep = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    peers = 1 if peer_mesh is None else peer_mesh.size(-1)
+    of_blocks = mesh if peer_mesh is None else peer_mesh[(peer_mesh.mesh_dim_names or ())[:-1]]
     for block in blocks_of(whole.model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=keep, reshard_after_forward=not holds)
+        fully_shard(block, mesh=of_blocks, mp_policy=policy, offload_policy=keep, reshard_after_forward=not holds)
     fully_shard(whole, mesh=mesh, mp_policy=policy, offload_policy=keep)
     for module in whole.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            # Each peer has the whole gradient of what is in no block.
+            module.set_gradient_divide_factor(float(peers) if module is whole else 1.0)
             module.set_force_sum_reduction_for_comms(True)
             if hasattr(module, "set_reduce_scatter_unused_params"):  # from PyTorch 2.12 on
                 module.set_reduce_scatter_unused_params(True)  # one rank's tokens may leave some unused, another's not
@@ -89,10 +98,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of it. With several ranks this is for all of them to call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def share_of(size: int, parts: int, index: int) -> range:
-    """The rows of a parameter of ``size`` rows that FSDP gives to the rank that is ``index`` of ``parts``."""
-    rows = -(-size // parts)
-    return range(min(size, index * rows), min(size, (index + 1) * rows))
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for dimension in range(len(placements)):  # of the mesh, one after the other: first shards, then peers
+        placements[dimension] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()

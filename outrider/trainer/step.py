@@ -1,6 +1,5 @@
 """Optimizer steps on a batch: log-probabilities, loss and gradients of each, micro-batch by micro-batch."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,10 +12,11 @@ from outrider.contract.feed import MiniBatch
 from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, CorrectionMode
 from outrider.trainer.flat import collate_flat, form_flat
+from outrider.trainer.layout import answers_for
 from outrider.trainer.model import Policy
 from outrider.trainer.packing import MicroBatch, collate, form_micro_batches, share_out
 from outrider.trainer.ranks import Ranks
-from outrider.trainer.sharding import whole_tensor
+from outrider.trainer.sharding import local
 
 
 @dataclass
@@ -104,7 +104,9 @@ class StepComputer:
         self.policy.end_step()
         if not work.rounds:
             self._zero_gradient()
-        loss, clip_low, clip_high, kl, gap, corrected, entropy, tokens = self.ranks.sum(sums).tolist()
+        loss, clip_low, clip_high, kl, gap, corrected, entropy, tokens = self.ranks.sum(
+            sums, counts=self.ranks.peer == 0
+        ).tolist()
         gap_max = self.ranks.maximum(gap_max)
         trained = max(tokens, 1)
         return StepOutcome(
@@ -125,12 +127,12 @@ class StepComputer:
         config, policy, samples = self.batch, self.policy, mini_batch.samples
         rollouts, max_tokens = config.per_device_train_batch_size, config.max_tokens_per_micro_batch
         if policy.flat:
-            formed = form_flat(samples, rollouts, max_tokens, self.ranks.size)
+            formed = form_flat(samples, rollouts, max_tokens, self.ranks.data_size)
         else:
             formed = form_micro_batches(samples, rollouts, max_tokens, policy.sharing)
-        if self.ranks.size == 1:
+        if self.ranks.data_size == 1:
             return [*formed]
-        return share_out(formed, samples, self.ranks.size, policy.break_even)[self.ranks.rank]
+        return share_out(formed, samples, self.ranks.data_size, policy.break_even)[self.ranks.data_rank]
 
     def _collate(self, work: StepWork, rows: list[list[int]] | None, clock: StepClock) -> MicroBatch:
         samples = work.mini_batch.samples
@@ -192,5 +194,14 @@ class StepComputer:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _clip(self) -> float:
-        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        return float(whole_tensor(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), limit)))
+        """Scale the gradients of all ranks to the largest norm that they may have; the norm that they had."""
+        seat = self.ranks.seat()
+        gradients = [parameter.grad for parameter in self.policy.model.parameters() if parameter.grad is not None]
+        mine = [local(gradient) for gradient in gradients]
+        # Not all are shared out in the same way, and several ranks may have the same.
+        counted = [local(gradient) for gradient in gradients if answers_for(gradient, seat)]
+        square = torch.nn.utils.get_total_norm(counted).to(mine[0].device).square()
+        norm = float(self.ranks.sum(square, counts=self.ranks.in_first_copy).sqrt())
+        if 0 < self.max_grad_norm < norm:
+            torch._foreach_mul_(mine, self.max_grad_norm / (norm + 1e-6))
+        return norm

@@ -42,10 +42,12 @@ class Publisher:
         segment_url: str | None,
         announce: Callable[[Manifest], None] | None = None,
         shapes: dict[str, tuple[int, ...]] | None = None,
+        refresh: Callable[[], None] | None = None,
     ) -> None:
         """tensors: name → this rank's rows of a tensor, whose storage stays the same over steps. segment_url: prefix
         under which a segment's name is served to other hosts. announce: called with every manifest, on the copying
-        thread. shapes: of the whole tensors, where this rank has not all of them.
+        thread. shapes: of the whole tensors, where this rank has not all of them. refresh: brings ``tensors`` up to
+        date, where they are not the weights themselves; called before each copy, on the thread that publishes.
         Raises UserError when shared memory is too small."""
         self._shapes = shapes or {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.tensors, self.dtype, self.run_id, self.fingerprint = tensors, dtype, run_id, fingerprint
@@ -56,7 +58,7 @@ class Publisher:
             self._offsets[name] = (end, length)
             end += -(-length // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
-        self._announce = announce
+        self._announce, self._refresh = announce, refresh
         device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         self._device = device if device.type == "cuda" else None
         self._stream = None if self._device is None else torch.cuda.Stream(self._device)
@@ -84,6 +86,8 @@ class Publisher:
     def publish(self, version: int) -> "Future[Manifest]":
         """Start to copy the weights as version ``version``. They must not change until :meth:`wait` returns."""
         self.finish()
+        if self._refresh is not None:
+            self._refresh()
         ready = None
         if self._device is not None:
             ready = torch.cuda.Event()

@@ -10,7 +10,17 @@ from outrider.contract.errors import UserError
     [
         ({}, Placement(1)),
         ({"NNODES": "1", "NPROC_PER_NODE": "1"}, Placement(1)),
-        ({"WORLD_SIZE": "16", "RANK": "3", "LOCAL_RANK": "3", "NNODES": "2", "NPROC_PER_NODE": "8"}, Placement(16)),
+        (
+            {
+                "WORLD_SIZE": "16",
+                "RANK": "3",
+                "LOCAL_RANK": "3",
+                "NNODES": "2",
+                "NPROC_PER_NODE": "8",
+                "LOCAL_WORLD_SIZE": "8",
+            },
+            Placement(16, processes=8),
+        ),
         # A cluster that counts nodes by the same names.
         (
             {
@@ -48,7 +58,7 @@ def test_placement(environment: dict[str, str], expected: Placement) -> None:
             8,
             Placement(16, True, 2, 1, 8, "a", 29500),
         ),
-        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, 8, Placement(2)),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, 8, Placement(2, processes=2)),
     ],
 )
 def test_one_process_for_each_gpu(environment: dict[str, str], gpus: int, expected: Placement) -> None:
@@ -88,3 +98,13 @@ def test_visible_gpus(present: int, named: str | None, count: int) -> None:
 def test_what_is_wrong_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_placement(environment, lambda environment: 8)
+
+
+def test_processes_that_compute_layers_together_are_on_one_node() -> None:
+    two_nodes = find_placement({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, lambda environment: 6)
+    assert [two_nodes.data_size(size) for size in (1, 2, 3, 6)] == [12, 6, 4, 2]
+    message = r"--tensor_parallel_size 4: a node has 6 processes, .* start 4 or 8 on each \(NPROC_PER_NODE\)"
+    with pytest.raises(UserError, match=message):
+        two_nodes.data_size(4)
+    with pytest.raises(UserError, match=r"a node has 1 processes, .* start 2 on each"):
+        Placement(1).data_size(2)

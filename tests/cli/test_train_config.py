@@ -192,6 +192,15 @@ def test_describe_the_arithmetic(line: str, world_size: int, part: str) -> None:
     assert part in describe(config, resolve(config, world_size), Placement(world_size))
 
 
+def test_describe_tensor_parallelism() -> None:
+    config = parse_train([*BASE, "--tensor_parallel_size", "4"])
+    placement = find_placement({"NPROC_PER_NODE": "8"})
+    text = describe(config, resolve(config, placement.data_size(4)), placement)
+    assert "8 processes" in text
+    assert "tensor parallelism: 2 groups of 4 processes that compute every layer together" in text
+    assert "on each of 2 devices" in text
+
+
 def test_describe_how_many_processes() -> None:
     config = parse_train(BASE)
     two_nodes = find_placement({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}, lambda environment: 8)

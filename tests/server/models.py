@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -32,6 +33,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**_SHAPE),
     "llama": LlamaConfig(**_SHAPE),
     "mistral": MistralConfig(**{**_SHAPE, "num_key_value_heads": 4}, sliding_window=12),
+    "olmo2": Olmo2Config(**{name: value for name, value in _SHAPE.items() if name != "head_dim"}),
     "gemma2": Gemma2Config(
         **_SHAPE, sliding_window=8, attn_logit_softcapping=20.0, final_logit_softcapping=15.0, query_pre_attn_scalar=32
     ),

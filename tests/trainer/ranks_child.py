@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from torch import Tensor
 
 from outrider.algorithm.losses import LossSpec
 from outrider.trainer.clock import StepClock
@@ -21,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "varlen": {"attn_impl": "varlen"},
     "hold": {"fsdp_reshard_after_forward": False},
     "reshard": {"fsdp_reshard_after_forward": True},
+    "recomputed": {"gradient_checkpointing": True},
 }
 
 
@@ -30,7 +33,8 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **sett
     policy = make_policy(model, ranks=ranks, **settings)
     # FSDP has changed their classes by now; what is compiled are these.
     assert len(blocks_of(policy.model)) == policy.config.get_text_config().num_hidden_layers
-    published = policy.published_tensors()  # which a publisher holds from before the first pass on
+    # Which a publisher holds from before the first pass on.
+    published, exchange = policy.published_tensors(), policy.exchange(ranks.seat(), "float32")
     assert policy.flat == (settings.get("attn_impl") == "varlen")
     reference = make_policy(model, trainable=False, ranks=ranks, **settings) if beta else None
     optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
@@ -54,15 +58,31 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **sett
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(published[name], local(parameter)), name
     weights = {name: whole_tensor(value).detach() for name, value in policy.model.named_parameters()}
+    exchange.refresh()
+    check_published(ranks, exchange.tensors, policy.first_rows(ranks.seat()), weights)
     return {"outcomes": outcomes, "weights": weights}
 
 
-def main(model: str, output: str, copies: str, *variants: str) -> None:
-    """copies: of the model, each on a part of the ranks as if that were a node."""
+def check_published(
+    ranks: Ranks, rows: dict[str, Tensor], first_rows: dict[str, int], weights: dict[str, Tensor]
+) -> None:
+    """The ranks of the first copy have each row of each tensor once, and its values are right."""
+    for name, whole in weights.items():
+        assert torch.equal(rows[name], whole[first_rows[name] :][: len(rows[name])]), name
+    spans = {name: [first_rows[name], first_rows[name] + len(rows[name])] for name in weights}
+    said = [msgspec.json.decode(each) for each in ranks.gather(msgspec.json.encode(spans))][: ranks.shards]
+    for name, whole in weights.items():
+        found = sorted(each[name] for each in said if each[name][0] < each[name][1])
+        assert [0, *(end for _, end in found)] == [*(start for start, _ in found), len(whole)], name
+
+
+def main(model: str, output: str, copies: str, peers: str, *variants: str) -> None:
+    """copies: of the model, each on a part of the ranks as if that were a node. peers: ranks that compute layers
+    together."""
     torch.set_num_threads(1)
     if int(copies) > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(copies))
-    ranks = Ranks(shard_across_nodes=copies == "1")
+    ranks = Ranks(shard_across_nodes=copies == "1", peers=int(peers))
     found = {}
     for variant in variants:
         beta, rows, budget, *more = variant.split(",")

@@ -34,12 +34,14 @@ def loaded(ranks: Ranks, model: Path) -> dict[str, Any]:
     """What the ranks have of a model that one of them has loaded; shared: bytes of this rank's rows."""
     policy = make_policy(model, ranks=ranks)
     parameters = dict(policy.model.named_parameters())
+    logprobs, entropy = policy.logprobs_and_entropy(one_a_row(random_samples(4, seed=1)))
     return {
         "parameters": whole(parameters),
         "buffers": {name: buffer.clone() for name, buffer in policy.model.named_buffers()},
         "rows": sum(len(local(parameter)) for parameter in parameters.values()),
         "sharing": policy.sharing,
-        "logprobs": policy.logprobs(one_a_row(random_samples(4, seed=1))).detach(),
+        "logprobs": logprobs.detach(),
+        "entropy": entropy,
     }
 
 
@@ -63,13 +65,14 @@ def follow(ranks: Ranks, writer: RowWriter, model: nn.Module, directory: Path) -
                 return
 
 
-def main(output: str, directory: str, copies: str, resumed: str, *models: str) -> None:
-    """copies: of the model, each on a part of the ranks. resumed: a checkpoint, or nothing for a first step."""
+def main(output: str, directory: str, copies: str, peers: str, resumed: str, *models: str) -> None:
+    """copies: of the model, each on a part of the ranks. peers: ranks that compute layers together. resumed: a
+    checkpoint, or nothing for a first step."""
     torch.set_num_threads(1)
     agreement.VISIBLE = 0.3
     if int(copies) > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(copies))
-    ranks = Ranks(shard_across_nodes=copies == "1")
+    ranks = Ranks(shard_across_nodes=copies == "1", peers=int(peers))
     run = Path(directory)
     found: dict[str, Any] = {"loaded": {model: loaded(ranks, Path(model)) for model in models}}
     found["refused"] = refused(ranks, run)

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def start(
     server: Server, directory: Path, *flags: str, nodes: int = 1, node: int = 0, processes: int = 2, steps: int = 6,
-    rate: float = 5e-4, port: int = 0,
+    rate: float = 5e-4, port: int = 0, peers: int = 1,
 ) -> "subprocess.Popen[str]":  # fmt: skip
     """A trainer of 128 rollouts a step."""
     if not (directory / "train.jsonl").exists():
@@ -45,7 +45,8 @@ def start(
     settings = {
         "model": DEMO_MODEL, "vllm_server_port": server.port, "dataset": directory / "train.jsonl",
         "val_dataset": directory / "heldout.jsonl", "reward_funcs": "accuracy", "num_generations": 8,
-        "per_device_train_batch_size": 128 // (nodes * processes), "max_completion_length": 8, "temperature": 1.0,
+        "per_device_train_batch_size": 128 * peers // (nodes * processes), "tensor_parallel_size": peers,
+        "max_completion_length": 8, "temperature": 1.0,
         "max_staleness": 1, "beta": 0, "learning_rate": rate, "lr_scheduler_type": "constant", "max_steps": steps,
         "save_steps": 2, "threads": 1, "output_dir": directory / "run", "vllm_server_api_key": KEY,
     }  # fmt: skip
@@ -76,7 +77,8 @@ def rows(directory: Path) -> list[dict[str, object]]:
 
 
 def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path: Path) -> None:
-    """Two learn, one of them is killed, and four go on where they were; then one alone."""
+    """Two learn, one of them is killed, and four go on where they were; then four of which two compute layers together,
+    and one alone."""
     running = start(server, tmp_path, steps=400)
     deadline = time.monotonic() + DEADLINE
     while len(rows(tmp_path)) < 5:
@@ -89,9 +91,9 @@ def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path
     assert running.returncode == 2
     assert "rank 1 on node 0 ended with signal 9, and the run with it" in said
     assert not [path for pid in ranks.values() for path in segment_directory().glob(f"outrider-*-{pid}-*")]
-    for processes, steps in ((4, 8), (1, 10)):
+    for processes, peers, steps in ((4, 1, 8), (4, 2, 10), (1, 1, 12)):
         output, said = start(
-            server, tmp_path, "--resume_from_checkpoint", "auto", processes=processes, steps=steps
+            server, tmp_path, "--resume_from_checkpoint", "auto", processes=processes, peers=peers, steps=steps
         ).communicate(timeout=DEADLINE)
         assert "resumed from" in output, said
         summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
