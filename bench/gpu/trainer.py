@@ -1,6 +1,7 @@
 """The trainer alone: model FLOPs utilization, memory, and what a second GPU brings.
 
     python bench/gpu/trainer.py OUT.json [--shapes 0.6B 1.7B] [--ranks 1 2] [--tokens 16384] [--micro_batches 4]
+                                [--tensor_parallel_size 1]
 
 Random weights in the shape of Qwen3, float32 master weights, AdamW. A step is ``--micro_batches`` micro-batches of
 ``--tokens`` tokens on each GPU, forward, backward and optimizer, through the trainer's own step; rollouts of 1,024
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--micro_batches", type=int, default=4)
+    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="of runs with as many ranks, or more")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where the GPU's time of one step goes")
@@ -61,8 +63,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
             model = random_weights(save_shape(Path(name) / "model", shape))
             for ranks in given.ranks:
-                results[f"{shape} on {ranks}"] = measured(model, ranks, given)
-                print(shape, ranks, results[f"{shape} on {ranks}"], flush=True)
+                peers = min(given.tensor_parallel_size, ranks)
+                label = f"{shape} on {ranks}" + (f", {peers} by tensor parallelism" if peers > 1 else "")
+                results[label] = measured(model, ranks, peers, given)
+                print(label, results[label], flush=True)
                 given.out.write_text(json.dumps(results, indent=1))
         both = [results.get(f"{shape} on {ranks}", {}).get("tokens_per_second") for ranks in (1, 2)]
         if all(both):
@@ -82,11 +86,11 @@ def random_weights(model: Path) -> Path:
     return model
 
 
-def measured(model: Path, ranks: int, given: argparse.Namespace) -> dict[str, Any]:
+def measured(model: Path, ranks: int, peers: int, given: argparse.Namespace) -> dict[str, Any]:
     """What rank 0 says."""
     port = free_port()
     words = [sys.executable, __file__, str(given.out), "--model", str(model), "--tokens", str(given.tokens),
-             "--micro_batches", str(given.micro_batches)]  # fmt: skip
+             "--micro_batches", str(given.micro_batches), "--tensor_parallel_size", str(peers)]  # fmt: skip
     words += [f"--{name}" for name in ("checkpointing", "eager", "profile") if getattr(given, name)]
     processes = []
     for number in range(ranks):
@@ -112,7 +116,7 @@ def measured(model: Path, ranks: int, given: argparse.Namespace) -> dict[str, An
 def rank(given: argparse.Namespace) -> None:
     """One of them."""
     started = time.monotonic()
-    ranks = Ranks()
+    ranks = Ranks(peers=given.tensor_parallel_size)
     config = ModelConfig(
         model=str(given.model),
         gradient_checkpointing=given.checkpointing,
@@ -125,7 +129,7 @@ def rank(given: argparse.Namespace) -> None:
         BatchConfig(max_tokens_per_micro_batch=given.tokens), "token_truncate", 2.0, 1.0, ranks,
     )  # fmt: skip
     loaded = time.monotonic() - started
-    batch = rollouts(given.tokens // LENGTH * given.micro_batches * ranks.size)
+    batch = rollouts(given.tokens // LENGTH * given.micro_batches * ranks.data_size)
     step_tokens = len(batch.samples) * LENGTH
 
     def step() -> float:
