@@ -68,7 +68,7 @@ class Ranks:
             torch.cuda.set_device(self.local_rank)
             if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & {*os.environ}:
                 # Micro-batches differ in size: blocks of fixed size would leave a tenth of the memory in pieces.
-                torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+                torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         #: Whether the other ranks wait for an order, and are not in the middle of something, or gone.
         self.listening = self.size > 1
         #: Of ranks that share what they have: one dimension, or copies x ranks.

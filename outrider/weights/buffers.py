@@ -11,8 +11,7 @@ from torch import Tensor
 
 #: Tensors begin at multiples of this, bytes.
 _ALIGNMENT = 64
-#: Bytes of whole pages that are registered with CUDA in one go, which takes some milliseconds; and the seconds after.
-_PINNED_AT_ONCE = 32 * 2**20
+#: Seconds that others have between two pieces of memory that are pinned.
 _BREATH = 0.001
 
 
@@ -61,26 +60,27 @@ class BufferLayout:
         }
 
 
-def pin(memory: Tensor) -> bool:
+def pin(memory: Tensor, at_once: int | None = None) -> bool:
     """Register mapped memory with CUDA, whose copies then go at the link's speed. False where that is not to be had:
     they take longer. memory: bytes, [n], from the beginning of a page on.
 
-    Done in pieces, with breaths between: while CUDA takes hold of pages, no other thread of the process gets to it.
+    at_once: bytes of a piece, of whole pages. While CUDA takes hold of pages, for a tenth of a second a gigabyte, no
+    other thread of the process gets to it; between pieces others do. No copy may then go across the end of a piece.
     """
-    register = torch.cuda.cudart().cudaHostRegister
-    for piece in memory.split(_PINNED_AT_ONCE):
-        if int(register(piece.data_ptr(), piece.numel(), 0)) != 0:
+    for piece in memory.split(at_once or len(memory)):
+        if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), len(piece), 0)) != 0:
             # The failure stays CUDA's last error, and the next kernel would be blamed for it.
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device="cuda").add_(1)
-            unpin(memory[: piece.data_ptr() - memory.data_ptr()])
+            if done := piece.data_ptr() - memory.data_ptr():
+                unpin(memory[:done], at_once)
             return False
         time.sleep(_BREATH)
     return True
 
 
-def unpin(memory: Tensor) -> None:
-    """Take back what :func:`pin` has done."""
-    for piece in memory.split(_PINNED_AT_ONCE):
+def unpin(memory: Tensor, at_once: int | None = None) -> None:
+    """Take back what :func:`pin` has done with the same arguments."""
+    for piece in memory.split(at_once or len(memory)):
         torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
         time.sleep(_BREATH)

@@ -10,8 +10,6 @@ from outrider.contract.manifest import Manifest, Piece, Segment, TensorEntry
 
 #: Threads that compute checksums of a version in shared memory.
 CHECKERS = min(8, os.cpu_count() or 1)
-#: Segments that stay mapped: a trainer writes into two of them by turns.
-_MAPPED = 4
 
 
 class FetchError(Exception):
@@ -19,8 +17,8 @@ class FetchError(Exception):
 
 
 class Segments:
-    """Segments of this host, mapped when they are first asked for. One that stays mapped need not have its pages found
-    again by the kernel, millions of them, each time."""
+    """Segments of this host, mapped from when they are first asked for until their files are gone. So the kernel need
+    not find their pages, which are millions, each time."""
 
     def __init__(self) -> None:
         self._mapped: dict[tuple[str, int, int], memoryview] = {}
@@ -28,6 +26,8 @@ class Segments:
     def check(self, manifest: Manifest) -> None:
         """Verify all pieces. Whoever has copied them before then knows that the copies are right: bytes that have been
         overwritten do not turn back. Raises FetchError."""
+        for file in [file for file in self._mapped if is_gone(*file[:2])]:
+            del self._mapped[file]
         segments = [self._map(segment) for segment in manifest.segments]
         pieces = [(tensor, piece) for tensor in manifest.tensors for piece in tensor.pieces if piece.length]
 
@@ -43,12 +43,18 @@ class Segments:
             status = os.stat(segment.path)
             key = (segment.path, status.st_ino, status.st_size)
             if key not in self._mapped:
-                while len(self._mapped) >= _MAPPED:
-                    del self._mapped[next(iter(self._mapped))]
                 self._mapped[key] = map_segment(segment)
             return self._mapped[key]
         except OSError as error:
             raise FetchError(f"segment {segment.path}: {error}") from error
+
+
+def is_gone(path: str, inode: int) -> bool:
+    """Whether a file has been removed, or another one is in its place."""
+    try:
+        return os.stat(path).st_ino != inode
+    except OSError:
+        return True
 
 
 def map_segment(segment: Segment) -> memoryview:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from outrider.server.vllm_engine import copies
-from outrider.server.vllm_engine.copies import CopyPlan, Recorder
-from outrider.server.vllm_engine.messages import TensorSource
+from outrider.server.vllm_engine.copies import CopyPlan, Published, Recorder
 
 SHAPES = {"norm": (8,), "q": (8, 8), "k": (4, 8), "o": (8, 8), "embed": (10, 8), "scale": ()}
 
@@ -58,26 +57,33 @@ def recorded(model: nn.Module, load: Callable[[Iterable[tuple[str, Tensor]]], No
 def run(plan: CopyPlan, tensors: dict[str, Tensor], cuts: list[float]) -> None:
     """Published by ranks that have contiguous rows each. cuts: shares of the rows at which one's end."""
     sources = {}
+    offset = 0
     for name, tensor in tensors.items():
         rows = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
-        at = sorted(round(cut * len(rows)) for cut in cuts)
-        parts = [part.contiguous().view(torch.uint8).flatten() for part in rows.tensor_split(at) if len(part)]
-        sources[name] = (TensorSource(name, "float32", tuple(tensor.shape), ()), parts)
+        parts = []
+        for part in rows.tensor_split(sorted(round(cut * len(rows)) for cut in cuts)):
+            if len(part):
+                parts.append((offset, part.contiguous().view(torch.uint8).flatten()))
+                offset += part.nbytes + 4
+        sources[name] = Published("float32", tuple(tensor.shape), parts)
+        assert torch.equal(sources[name].whole(), tensor)
     with torch.inference_mode():
         plan.run(sources)
 
 
 @pytest.mark.parametrize("chunk", [8, 40, copies.CHUNK])
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("as_on_gpu", [False, True])
 @settings(deadline=None)
 @given(cuts=st.lists(st.floats(0, 1), max_size=3))
-def test_the_same_as_loading(rank: int, chunk: int, cuts: list[float]) -> None:
+def test_the_same_as_loading(as_on_gpu: bool, rank: int, chunk: int, cuts: list[float]) -> None:
     model, expected = Fused(rank), Fused(rank)
     plan = recorded(model, model.load_weights)
     assert plan is not None
     expected.load_weights(version(1).items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copies, "CHUNK", chunk)
+        patch.setattr(copies, "_on_gpu", lambda target: as_on_gpu)
         run(plan, version(1), cuts)
     for name, parameter in expected.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name

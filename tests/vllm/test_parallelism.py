@@ -45,7 +45,7 @@ async def engines_that_worked(client: Client) -> set[str]:
 async def test_new_weights_are_those_of_a_fresh_server_everywhere(
     start_endless: StartEndless, endless: Callable[[int], Path], tmp_path: Path, flags: tuple[str, ...], engines: int
 ) -> None:
-    """Token for token, on every engine, loaded by vLLM; and so are the old ones again, by the copies that it made."""
+    """Token for token, on every engine, and the old ones come back as exactly."""
     async with Client(start_endless(*flags, seed=1).url, KEY) as fresh:
         expected = await answers(fresh)
     server = start_endless(*flags, seed=0)
@@ -71,5 +71,4 @@ async def test_new_weights_are_those_of_a_fresh_server_everywhere(
         assert all(seen == sorted({*seen} & {0, 3, 4}) for seen in versions), versions
         assert any(seen[0] == 0 and len(seen) > 1 for seen in versions), "none was in flight during a commit"
     log = (tmp_path / "server1" / "server.log").read_text()
-    assert "version 3 staged: loaded by vLLM" in log
-    assert "version 4 staged: copied" in log
+    assert all(f"version {version} staged: copied" in log for version in (3, 4)), "vLLM had to load them"

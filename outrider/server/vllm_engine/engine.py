@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import msgspec
 import xxhash
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -24,7 +25,7 @@ from outrider.server.limits import MAX_STOP_TOKENS, check_request
 from outrider.server.vllm_engine.differences import external_id
 from outrider.server.vllm_engine.generation import Choice, VllmGeneration
 from outrider.server.vllm_engine.hot import LIMIT
-from outrider.server.vllm_engine.messages import CommitReport, Report, StageReport, all_reports
+from outrider.server.vllm_engine.messages import CommitReport, PrepareOrder, Report, StageReport, all_reports
 from outrider.server.vllm_engine.sampling import tokens_of, vllm_params
 from outrider.server.vllm_engine.settings import VllmSettings
 from outrider.server.vllm_engine.stats import VllmCounters
@@ -90,7 +91,9 @@ class VllmEngine:
     async def start(self) -> None:
         host = self._settings.staging == "host"
         number = next(self._orders)
-        await self._call("outrider_prepare", PREPARE_DEADLINE, number, str(self._directory), host)
+        order = PrepareOrder(number, host, self._info.torch_dtype, self._weights.shapes)  # type: ignore[arg-type]
+        written = msgspec.json.encode(order).decode()
+        await self._call("outrider_prepare", PREPARE_DEADLINE, str(self._directory), written)
         for report in await self._reports("prepare", number, PREPARE_DEADLINE, Report):
             if report.error is not None:
                 raise UserError(

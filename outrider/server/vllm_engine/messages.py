@@ -35,6 +35,16 @@ class TensorSource(msgspec.Struct, frozen=True):
     parts: tuple[Part, ...]
 
 
+class PrepareOrder(msgspec.Struct, frozen=True):
+    """Make room for a second set of weights. number: of the order, for its reports. host: in host memory. dtype,
+    shapes: of what will be published, by Hugging Face's names."""
+
+    number: int
+    host: bool
+    dtype: DTypeName
+    shapes: dict[str, tuple[int, ...]]
+
+
 class StageOrder(msgspec.Struct, frozen=True):
     """Copy this version beside the weights in use. number: of the order, for its reports."""
 
@@ -54,7 +64,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 class StageReport(Report, kw_only=True):
-    """known_copies: whether it has done without vLLM's own loading, by the copies that this had come to before."""
+    """known_copies: whether it has done without vLLM's own loading, by the copies that this comes to."""
 
     known_copies: bool = False
 

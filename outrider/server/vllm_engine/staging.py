@@ -8,18 +8,22 @@ for one more copy of its own shard, not of the model, and a commit has nothing l
 import copy
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from outrider.server.vllm_engine.copies import CopyPlan, Recorder
-from outrider.server.vllm_engine.messages import Part, TensorSource
+from outrider.server.vllm_engine.copies import CHUNK, CopyPlan, Published, Recorder
+from outrider.server.vllm_engine.messages import TensorSource
 from outrider.weights.buffers import pin, unpin
+from outrider.weights.checksums import is_gone
 
-#: Files of published weights that stay mapped: a trainer writes into two of them by turns.
-_MAPPED = 4
+#: Bytes of a piece of memory that is pinned in one go.
+_PINNED_AT_ONCE = 4 * CHUNK
+
+#: Path, inode, size, and whether it is to be pinned.
+_File = tuple[str, int, int, bool]
 
 
 #: Modules that compute something from their weights after loading, or rearrange them in place.
@@ -31,9 +35,11 @@ class Unsupported(Exception):
 
 
 class Shadow:
-    """The second set of a worker's weights. host: it is kept in host memory, for a GPU that has no room for it."""
+    """The second set of a worker's weights."""
 
-    def __init__(self, worker: Any, host: bool) -> None:
+    def __init__(self, worker: Any, host: bool, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> None:
+        """host: it is kept in host memory, for a GPU that has no room for it. dtype, shapes: of what will be published.
+        Raises Unsupported."""
         self._runner = worker.model_runner
         self.live: nn.Module = self._runner.get_model()
         self.device = torch.device(worker.device)
@@ -41,9 +47,6 @@ class Shadow:
         self.model: Any = _another_instance(worker.vllm_config, torch.device("cpu") if host else self.device)
         self._sources = Sources(pinned=not on_cpu)
         self._names = {name for name, _ in self.model.named_parameters()}
-        #: How versions are copied whose tensors are those of _layout; None: not known, or not by copies alone.
-        self._plan: CopyPlan | None = None
-        self._layout: Sequence[tuple[str, str, tuple[int, ...]]] = []
         if host and not on_cpu:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.pin_memory()
@@ -51,18 +54,21 @@ class Shadow:
         self.finite, self._staged_finite = True, True
         self._stream = None if on_cpu else torch.cuda.Stream(self.device)
         self.swap: _Copies | _Modules = _Modules(self.live, self.model) if on_cpu else _Copies(self.live, self.model)
+        self._layout = {name: (dtype, shape) for name, shape in shapes.items()}
+        #: How versions of this layout are copied; None where vLLM has to load them.
+        self._plan = self._record()
 
     def load(self, tensors: tuple[TensorSource, ...]) -> bool:
-        """Fill the shadow, on any thread but that of the engine's steps. Returns whether that was done by copies that
-        are known from a version before. Raises Unsupported, OSError."""
-        layout = [(source.name, source.dtype, source.shape) for source in tensors]
+        """Fill the shadow, on any thread but that of the engine's steps. Returns whether that was done by known copies,
+        and not by vLLM's own loading. Raises Unsupported, OSError."""
+        layout = {source.name: (getattr(torch, source.dtype), source.shape) for source in tensors}
         known = self._plan if layout == self._layout else None
         with torch.inference_mode(), torch.cuda.stream(self._stream):
+            published = self._sources.of(tensors, pinned=known is not None)
             if known is not None:
-                known.run({source.name: (source, self._sources.parts(source)) for source in tensors})
+                known.run(published)
             else:
-                self._load_first(tensors)
-                self._layout = layout
+                self._load_by_vllm((name, tensor.whole()) for name, tensor in published.items())
             finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()])
             self._staged_finite = bool(finite.all())
             self.swap.prepare()
@@ -70,17 +76,21 @@ class Shadow:
             self._stream.synchronize()
         return known is not None
 
-    def _load_first(self, tensors: tuple[TensorSource, ...]) -> None:
-        """As the model itself does it; the next time it is done as it was here."""
+    def _record(self) -> CopyPlan | None:
+        """See what the model does with tensors that have nothing in them: memory that is not touched."""
         recorder = Recorder(self.model.parameters())
-        with recorder:
-            loaded = self.model.load_weights(
-                (source.name, recorder.source(source.name, self._sources.tensor(source))) for source in tensors
+        with torch.inference_mode(), recorder:
+            self._load_by_vllm(
+                (name, recorder.source(name, torch.empty(shape, dtype=dtype)))
+                for name, (dtype, shape) in self._layout.items()
             )
+        return recorder.plan()
+
+    def _load_by_vllm(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        loaded = self.model.load_weights(tensors)
         missing = self._names - set(loaded) if loaded is not None else set()
         if missing:
             raise Unsupported(f"the published tensors do not reach {sorted(missing)[:3]} of vLLM's model")
-        self._plan = recorder.plan()
 
     def commit(self) -> bool:
         """Put the shadow in force. On the thread of the engine's steps, between two of them. Returns whether keys and
@@ -186,43 +196,47 @@ def _clone(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class Sources:
-    """Published bytes as tensors, mapped from the files in which they lie. pinned: for copies to a GPU."""
+    """Published bytes, mapped from the files in which they lie, and for as long as these are there. pinned: for copies
+    to a GPU."""
 
     def __init__(self, pinned: bool) -> None:
-        self._wants_pinned = pinned
-        self._files: dict[tuple[str, int, int], Tensor] = {}
-        self._pinned: set[int] = set()
+        self._may_pin = pinned
+        self._files: dict[_File, Tensor] = {}
+        self._pinned: set[_File] = set()
 
-    def parts(self, source: TensorSource) -> list[Tensor]:
-        """Views of the bytes, [n] each. Raises OSError."""
-        return [self._bytes(part) for part in source.parts if part.length]
+    def of(self, tensors: tuple[TensorSource, ...], pinned: bool) -> dict[str, Published]:
+        """By name. pinned: the memory is registered with CUDA where that is to be had, in pieces, across whose ends no
+        copy goes that is not known beforehand. Raises OSError."""
+        for file in [file for file in self._files if is_gone(*file[:2])]:
+            self._forget(file)
+        paths = {part.path for source in tensors for part in source.parts}
+        whole = {path: self._map(path, pinned and self._may_pin) for path in paths}
+        return {
+            source.name: Published(
+                source.dtype,
+                source.shape,
+                [
+                    (part.offset, whole[part.path][part.offset : part.offset + part.length])
+                    for part in source.parts
+                    if part.length
+                ],
+            )
+            for source in tensors
+        }
 
-    def tensor(self, source: TensorSource) -> Tensor:
-        """A view of the bytes; a copy where they lie in several places. Raises OSError."""
-        parts = self.parts(source)
-        dtype: torch.dtype = getattr(torch, source.dtype)
-        if not parts:
-            return torch.empty(source.shape, dtype=dtype)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(dtype).view(source.shape)
-
-    def _bytes(self, part: Part) -> Tensor:
-        status = os.stat(part.path)
-        key = (part.path, status.st_ino, status.st_size)
+    def _map(self, path: str, pinned: bool) -> Tensor:
+        status = os.stat(path)
+        key = (path, status.st_ino, status.st_size, pinned)
         if key not in self._files:
-            while len(self._files) >= _MAPPED:
-                self._forget(next(iter(self._files)))
-            self._files[key] = self._map(part.path)
-        return self._files[key][part.offset : part.offset + part.length]
+            with open(path, "r+b") as file:
+                whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+            if pinned and pin(whole, _PINNED_AT_ONCE):
+                self._pinned.add(key)
+            self._files[key] = whole
+        return self._files[key]
 
-    def _map(self, path: str) -> Tensor:
-        with open(path, "r+b") as file:
-            whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-        if self._wants_pinned and pin(whole):
-            self._pinned.add(whole.data_ptr())
-        return whole
-
-    def _forget(self, key: tuple[str, int, int]) -> None:
+    def _forget(self, key: _File) -> None:
         whole = self._files.pop(key)
-        if whole.data_ptr() in self._pinned:
-            self._pinned.discard(whole.data_ptr())
-            unpin(whole)
+        if key in self._pinned:
+            self._pinned.discard(key)
+            unpin(whole, _PINNED_AT_ONCE)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from outrider.contract.garbage import search_less_often
 from outrider.server.vllm_engine.differences import engine_index, sampled_tokens
 from outrider.server.vllm_engine.messages import (
     CommitReport,
+    PrepareOrder,
     Report,
     StageOrder,
     StageReport,
@@ -28,12 +30,11 @@ class OutriderWorker:
     """Methods that the front calls by collective RPC. Their names and attributes all begin alike: they live in vLLM's
     own class."""
 
-    def outrider_prepare(self, number: int, directory: str, host: bool) -> None:
-        """Make room for a second set of weights. host: in host memory. Called before there are requests."""
+    def outrider_prepare(self, directory: str, order: str) -> None:
+        """Make room for a second set of weights, as ``order`` says, in JSON. Called before there are requests."""
         search_less_often()
-        self._outrider = _Member(self, Path(directory), host)
-        engine, rank = self._outrider.who
-        self._outrider.report("prepare", Report(number=number, engine=engine, rank=rank), self._outrider.make_shadow)
+        self._outrider = _Member(self, Path(directory))
+        self._outrider.prepare(msgspec.json.decode(order, type=PrepareOrder))
 
     def outrider_stage(self, path: str) -> None:
         """Begin to copy the version of the order in ``path``."""
@@ -47,8 +48,8 @@ class OutriderWorker:
 class _Member:
     """What a worker keeps between the calls."""
 
-    def __init__(self, worker: Any, directory: Path, host: bool) -> None:
-        self.worker, self.directory, self.host = worker, directory, host
+    def __init__(self, worker: Any, directory: Path) -> None:
+        self.worker, self.directory = worker, directory
         self.shadow: Shadow | None = None
         self.staged: int | None = None
         self._latest = 0
@@ -59,8 +60,12 @@ class _Member:
         """Engine and rank."""
         return engine_index(self.worker), self.worker.rank
 
-    def make_shadow(self) -> None:
-        self.shadow = Shadow(self.worker, self.host)
+    def prepare(self, order: PrepareOrder) -> None:
+        def make() -> None:
+            self.shadow = Shadow(self.worker, order.host, getattr(torch, order.dtype), order.shapes)
+
+        engine, rank = self.who
+        self.report("prepare", Report(number=order.number, engine=engine, rank=rank), make)
 
     def stage(self, order: StageOrder) -> None:
         self.staged, self._latest = None, order.number
