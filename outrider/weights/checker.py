@@ -29,13 +29,13 @@ class Checker:
     """The process, as whoever started it sees it. Calls come one at a time; any thread may make them."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = self._start()  # so that the first version need not wait for it
         self._one = threading.Lock()
 
     def check(self, manifest: Manifest) -> None:
         """Verify all pieces of a version whose segments are on this host. Raises FetchError."""
         with self._one:
-            if self._process is None or self._process.poll() is not None:
+            if self._process.poll() is not None:
                 self._process = self._start()
             answer = self._ask(self._process, manifest)
         if answer.problem is not None:
@@ -43,9 +43,8 @@ class Checker:
 
     def close(self) -> None:
         """End it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
     @staticmethod
     def _start() -> "subprocess.Popen[bytes]":

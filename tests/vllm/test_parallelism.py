@@ -11,6 +11,7 @@ import pytest
 
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo
+from outrider.contract.generation import CompletionChoice
 from tests.contract.client import Client
 from tests.contract.publishing import publishing
 from tests.vllm.conftest import KEY, StartEndless
@@ -55,12 +56,14 @@ async def test_new_weights_are_those_of_a_fresh_server_everywhere(
         before = await answers(client)
         assert before != expected
         assert len(await engines_that_worked(client)) == engines
-        # Two requests: of servers behind a router each takes one, and both have room for all of theirs.
-        running = [asyncio.create_task(client.choices(prompt=[9], n=8, max_tokens=900)) for _ in range(2)]
-        await client.until_running(16)
+        running: list[asyncio.Task[list[CompletionChoice]]] = []
         for seed, version, tokens in ((1, 3, expected), (0, 4, before)):
             with publishing(endless(seed), info, uuid.uuid4().hex[:12]) as publisher:
                 manifest = await asyncio.wrap_future(publisher.publish(version))
+                if not running:
+                    # Two requests: of servers behind a router each takes one, and both have room for all of theirs.
+                    running = [asyncio.create_task(client.choices(prompt=[9], n=8, max_tokens=900)) for _ in range(2)]
+                    await client.until_running(16)
                 assert (await client.stage(manifest)).state == "staged"
                 committed = await client.commit(manifest)
                 assert (committed.version, committed.run_id) == (version, manifest.run_id)
