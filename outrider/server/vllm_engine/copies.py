@@ -1,8 +1,8 @@
 """What a model's ``load_weights`` copies to where, recorded once, so that later versions are copied without it.
 
 Recorded are rows (and a range of each other dimension) of a published tensor, and the place of a parameter that they
-went to. Done again, copies are of a few MiB each, in one call: they hold neither Python's lock nor the GPU's copy
-engine for long, and the steps of the engine need both.
+went to. Done again, copies are of a few MiB each, a few of them queued at a time: they hold neither Python's lock nor
+the GPU's copy engine for long, and the steps of the engine need both.
 """
 
 import bisect

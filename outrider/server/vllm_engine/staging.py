@@ -45,7 +45,7 @@ class Shadow:
         self.device = torch.device(worker.device)
         on_cpu = self.device.type == "cpu"
         self.model: Any = _another_instance(worker.vllm_config, torch.device("cpu") if host else self.device)
-        self._sources = Sources(pinned=not on_cpu)
+        self._sources = Sources(pinned=not on_cpu and not host)
         self._names = {name for name, _ in self.model.named_parameters()}
         if host and not on_cpu:
             for parameter in self.model.parameters():
@@ -197,7 +197,7 @@ def _clone(parameter: nn.Parameter) -> nn.Parameter:
 
 class Sources:
     """Published bytes, mapped from the files in which they lie, and for as long as these are there. pinned: for copies
-    to a GPU."""
+    that go to a GPU and not to host memory."""
 
     def __init__(self, pinned: bool) -> None:
         self._may_pin = pinned
