@@ -23,6 +23,8 @@ from models import save_bench_model
 from rich.console import Console
 from rich.table import Table
 
+from outrider.cli.entry import leave
+
 HERE = Path(__file__).resolve()
 WARM_UP = 3
 
@@ -137,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank:
         run_rank(Path(options.rank[0]), Path(options.rank[1]), options)
-        return
+        leave(0)
     table = Table(
         "processes",
         "step, no save",

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_servers import free_port, save_shape
 
 from outrider.algorithm.losses import LossSpec
+from outrider.cli.entry import leave
 from outrider.contract.arrays import pack_floats, pack_ints
 from outrider.contract.feed import MiniBatch, Sample
 from outrider.trainer.clock import StepClock
@@ -239,3 +240,4 @@ def logprob_memory(tokens: int = 16384, hidden: int = 1024, vocabulary: int = 15
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -3,9 +3,10 @@
 import difflib
 import importlib
 import sys
+from typing import NoReturn
 
 import outrider
-from outrider.cli.entry import Command, run_command, show
+from outrider.cli.entry import Command, leave, run_command, show
 from outrider.contract.errors import UserError
 
 #: Where each command is, imported when it is called, and what it does.
@@ -20,6 +21,11 @@ _COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run ``outrider COMMAND ...``; its exit status."""
     return run_command("outrider", _dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def console() -> NoReturn:
+    """Be the command, and end with its exit status."""
+    leave(main())
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -50,4 +56,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 from outrider.cli import rollout, train
-from outrider.cli.entry import run_command, show
+from outrider.cli.entry import leave, run_command, show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import Given, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS, TRAIN_FLAGS, SwiftFlag
@@ -23,6 +24,11 @@ _USAGE = "'swift rollout ...' and 'swift rlhf --rlhf_type grpo ...'"
 def main(argv: list[str] | None = None) -> int:
     """Run ``swift rollout`` or ``swift rlhf``; its exit status."""
     return run_command("swift", _dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def console() -> NoReturn:
+    """Be the command, and end with its exit status."""
+    leave(main())
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -99,4 +105,4 @@ def _notice(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()
