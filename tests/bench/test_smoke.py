@@ -30,7 +30,7 @@ BENCHES: dict[str, tuple[str, set[str]]] = {
     ),
     "soak": ("--minutes 0.05", {"sound", "wrong", "unanswered", "front_mib", "replica_mib", "front_files"}),
     "saving": (
-        "--processes 2 --window 2 --rounds 1 --rollouts 8 --tokens 8",
+        "--processes 2 --window 2 --rounds 2 --rollouts 8 --tokens 8",
         {"window", "rounds", "processes_2"},
     ),
     "weight_sync": (
