@@ -1,12 +1,13 @@
 """The whole loop on two GPUs: a vLLM server on one, the trainer on the other, K = 2.
 
-    python bench/gpu/end_to_end.py OUT.json [--shape 1.7B] [--steps 6]
+    python bench/gpu/end_to_end.py OUT.json [--shape 1.7B] [--steps 8]
 
 64 prompts x 8 completions x 512 tokens a step, none of which ends earlier; random weights in the shape of Qwen3,
 bfloat16 on the server, float32 master weights. Seconds of a step are wall clock over the measured steps divided by
-their number. Then the two sides alone: a trainer that takes batches and computes nothing, and one that trains the same
-batches without a server; efficiency is the longer of these over the step. A third GPU lets the two be measured at the
-same time. On one GPU, or none, both sides share it: that is for trying the script, with --shape tiny.
+their number, after as many as use up what the server has generated while the trainer's first steps compiled. Then the
+two sides alone: a trainer that takes batches and computes nothing, and one that trains the same batches without a
+server; efficiency is the longer of these over the step. A third GPU lets the two be measured at the same time. On one
+GPU, or none, both sides share it: that is for trying the script, with --shape tiny.
 """
 
 import argparse
@@ -28,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from overlap import write_prompts
 
 HERE = Path(__file__).parents[1]
-WARM_UP = 2
+STALENESS = 2
+#: The first step compiles, while the server generates STALENESS + 1 batches. Where it is the slower side, the trainer
+#: lives on them for some steps more.
+WARM_UP = 2 * (STALENESS + 1)
 #: So small that a CPU does it.
 SHAPES["tiny"] = (64, 128, 2, 4, 2, True)
 
@@ -41,7 +45,8 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
-    parser.add_argument("--steps", type=int, default=6, help="that are measured")
+    parser.add_argument("--steps", type=int, default=8, help="that are measured")
+    parser.add_argument("--max_num_seqs", type=int, default=512, help="of the server")
     given = parser.parse_args()
     gpus = torch.cuda.device_count()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
@@ -55,15 +60,14 @@ def main() -> None:
             torch.cuda.empty_cache()
         write_prompts(directory / "prompts.jsonl", 4096, 16, 0.0)
         limit = given.new_tokens + 64
-        running = given.prompts * given.completions
-        flags = ["--max_model_len", str(limit), "--max_num_seqs", str(min(running, 512))]
+        flags = ["--max_model_len", str(limit), "--max_num_seqs", str(given.max_num_seqs)]
         with server("server", model, directory, *flags, ours=True, gpus=str(min(gpus - 1, 1) if gpus else 0)) as side:
             side.wait()
             words = trainer_flags(given, model, directory, side.port)
             result: dict[str, Any] = {
                 "device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": gpus, "torch": torch.__version__,
                 "shape": given.shape, "prompts": given.prompts, "completions": given.completions,
-                "new_tokens": given.new_tokens,
+                "new_tokens": given.new_tokens, "max_num_seqs": given.max_num_seqs,
             }  # fmt: skip
             ours = [sys.executable, "-m", "outrider.cli.main", "train", *words]
             result |= {"k2": summary(run(directory / "k2", ours), given.steps)}
@@ -91,7 +95,7 @@ def trainer_flags(given: argparse.Namespace, model: Path, directory: Path, port:
         "dataset_shuffle": "false", "reward_funcs": f"{HERE / 'rewards.py'}:varied",
         "num_generations": given.completions, "per_device_train_batch_size": rollouts,
         "max_tokens_per_micro_batch": given.tokens, "max_completion_length": given.new_tokens, "temperature": 1.0,
-        "loss_type": "dapo", "beta": 0, "learning_rate": 1e-6, "max_staleness": 2,
+        "loss_type": "dapo", "beta": 0, "learning_rate": 1e-6, "max_staleness": STALENESS,
         "max_steps": given.steps + WARM_UP + 1, "save_steps": 0, "panel": "off",
     }  # fmt: skip
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
