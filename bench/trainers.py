@@ -68,7 +68,8 @@ class ReplayLink(CollectorLink):
         pass
 
     def ready(self, deadline: float) -> Ready:
-        return Ready(servers=[], serving_dtype="float32", prompts=1, evaluation_prompts=0, segment_url="")
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # as a server of the same machine serves it
+        return Ready(servers=[], serving_dtype=dtype, prompts=1, evaluation_prompts=0, segment_url="")
 
     def batch(self) -> Batch:
         return self.batches.pop(0)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from outrider.contract import routes
-from outrider.contract.control import CommitRequest, StageRequest, WeightStatus
+from outrider.contract.control import CommitRequest, Inflight, StageRequest, WeightStatus
 from outrider.contract.manifest import Manifest
 
 KEY = "bench"
@@ -103,11 +103,11 @@ def _keep_busy(
     asyncio.run(run())
 
 
-def staged_update(url: str, manifest: Manifest) -> tuple[WeightStatus, Window]:
+def staged_update(url: str, manifest: Manifest, inflight: Inflight = "keep") -> tuple[WeightStatus, Window]:
     """Stage and commit; the status, and when the commit began and had ended."""
     call(url, routes.STAGE, msgspec.json.encode(StageRequest(manifest=manifest)))
     began = time.monotonic()
-    body = msgspec.json.encode(CommitRequest(run_id=manifest.run_id, version=manifest.version))
+    body = msgspec.json.encode(CommitRequest(run_id=manifest.run_id, version=manifest.version, inflight=inflight))
     status = msgspec.json.decode(call(url, routes.COMMIT, body), type=WeightStatus)
     return status, (began, time.monotonic())
 

@@ -4,7 +4,7 @@
 
 Tensor parallel, data parallel, and weights staged in host memory: each server starts with one set of weights,
 generates, takes another one, and then answers greedily as a server does that was started from it, token for token, on
-every engine.
+every engine. While weights change: whether the recorded versions of tokens in flight are those that drew them.
 A small trained model: how far the sampler's log-probabilities are from those of Transformers. Last, short runs of the
 trainer: with vLLM's own server and weights by NCCL, and with two ranks.
 """
@@ -27,12 +27,14 @@ from typing import Any
 import msgspec
 import torch
 from gap import ask, gap
+from inflight import versions_in_flight
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
-from vllm_servers import Side, server, until_ended, visible
+from vllm_servers import Side, about, server, until_ended, visible
 
 import outrider.demo
 from outrider.contract import routes
-from outrider.contract.control import ServerInfo
+from outrider.contract.arrays import unpack_ints
+from outrider.contract.control import Inflight, ServerInfo
 from outrider.demo.task import problems, write_jsonl
 from outrider.weights.publish import Publisher
 
@@ -40,14 +42,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from updates import KEY, call, staged_update
 
 DEMO = Path(outrider.demo.__file__).parent / "model"
-CHECKS = ["tp2", "dp2", "host_staging", "gap", "two_ranks", "nccl"]
+CHECKS = ["tp2", "dp2", "host_staging", "inflight", "gap", "two_ranks", "nccl"]
+POLICIES: tuple[Inflight, ...] = ("keep", "recompute", "wait")
 NEW_TOKENS = 48
+#: Tokens of the shortest and the longest request that goes on while weights change.
+IN_FLIGHT = (60, 200)
 PROMPTS = [[5, 6 + number % 3, 7 + number] for number in range(16)]
 ON_GPU = torch.cuda.is_available()
 
 
 def main(out: Path, only: list[str], after: int | None) -> None:
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name() if ON_GPU else "cpu", "torch": torch.__version__}
+    result = about()
     # The check for free memory at the start counts what the other servers have.
     small = {"kv_cache_memory_bytes": 2**28}
     if ON_GPU:
@@ -69,7 +74,10 @@ def main(out: Path, only: list[str], after: int | None) -> None:
             fresh = start("fresh", new, gpus="1")
             sides["dp2"] = (start("dp2", old, "--data_parallel_size", "2"), fresh)
             sides["host_staging"] = (start("host", old, "--weight_staging", "host", gpus="1"), fresh)
-        demo = start("demo", DEMO, gpus="1")
+        if "inflight" in only:
+            alternating = start("inflight", old, gpus="0")
+        if {"gap", "two_ranks"} & {*only}:
+            demo = start("demo", DEMO, gpus="1")
         stock = None
         if ON_GPU and "nccl" in only:
             stock = stack.enter_context(
@@ -92,6 +100,11 @@ def main(out: Path, only: list[str], after: int | None) -> None:
         until_ended(after)
         for label, (side, other) in sides.items():
             note(label, lambda side=side, other=other: updated(side, other, new))
+        for policy in POLICIES if "inflight" in only else ():
+            note(
+                f"inflight_{policy}",
+                lambda policy=policy: versions_in_flight(alternating, [old, new], policy, IN_FLIGHT),
+            )
         if "gap" in only:
             note("gap_of_a_trained_model", lambda: trained_gap(demo))
         if "two_ranks" in only:
@@ -122,12 +135,19 @@ def greedy(side: Side) -> list[list[int]]:
     """Two at once: each of two engines has one to answer, so that it computes with the same kernels as one alone."""
     with ThreadPoolExecutor(2) as pool:
         return [
-            ids
+            unpack_ints(choice.token_ids).tolist()
             for first in range(0, len(PROMPTS), 2)
-            for ids, _ in pool.map(
+            for choice in pool.map(
                 lambda prompt: ask(side, prompt, NEW_TOKENS, temperature=0.0), PROMPTS[first : first + 2]
             )
         ]
+
+
+def requests(side: Side) -> dict[str, int]:
+    """How many each engine has answered."""
+    metrics = call(side.url, routes.METRICS).decode()
+    found = re.findall(r'^vllm:e2e_request_latency_seconds_count\{.*engine="(\d+)".*\} ([\d.e+]+)', metrics, re.M)
+    return {engine: int(float(count)) for engine, count in found}
 
 
 def updated(side: Side, fresh: Side, new: Path) -> dict[str, Any]:
@@ -144,12 +164,12 @@ def updated(side: Side, fresh: Side, new: Path) -> dict[str, Any]:
         status, _ = staged_update(side.url, publisher.publish(1).result(60))
     finally:
         publisher.close()
+    answered = requests(side)
     after = greedy(side)
+    by_engine = {engine: count - answered.get(engine, 0) for engine, count in requests(side).items()}
     same = sum(a == b for ours, theirs in zip(after, expected, strict=True) for a, b in zip(ours, theirs, strict=True))
-    metrics = call(side.url, routes.METRICS).decode()
-    worked = re.findall(r'^vllm:e2e_request_latency_seconds_count\{.*engine="(\d+)".*\} ([\d.e+]+)', metrics, re.M)
     return {
-        "version": status.version, "engines": sum(float(count) > 0 for _, count in worked),
+        "version": status.version, "answered_by_engine": by_engine,
         "equal_tokens": same, "tokens": len(PROMPTS) * NEW_TOKENS, "changed": before != after,
         "stage_seconds": round(status.stage_seconds, 3), "commit_ms": round(1000 * status.commit_seconds, 2),
     }  # fmt: skip

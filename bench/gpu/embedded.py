@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
+from vllm_servers import about
 
 from tests.server.cores import Bench, reference
 from tests.server.models import CONFIGS, save_model
@@ -116,7 +117,7 @@ def commit_milliseconds(path: Path, directory: Path) -> float:
 
 def main() -> None:
     """Measure, print, write."""
-    result: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result: dict[str, object] = about()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         result["greedy_agreement"] = agreement(directory)

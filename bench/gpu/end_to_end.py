@@ -13,6 +13,7 @@ GPU, or none, both sides share it: that is for trying the script, with --shape t
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_servers import KEY, SHAPES, save_shape, server, visible
+from vllm_servers import KEY, SHAPES, about, save_shape, server, visible
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from overlap import write_prompts
@@ -31,7 +32,7 @@ from overlap import write_prompts
 HERE = Path(__file__).parents[1]
 STALENESS = 2
 #: The first step compiles, while the server generates STALENESS + 1 batches. Where it is the slower side, the trainer
-#: lives on them for some steps more.
+#: lives on them for some steps more. At the end it has nothing to generate for as many.
 WARM_UP = 2 * (STALENESS + 1)
 #: So small that a CPU does it.
 SHAPES["tiny"] = (64, 128, 2, 4, 2, True)
@@ -65,8 +66,7 @@ def main() -> None:
             side.wait()
             words = trainer_flags(given, model, directory, side.port)
             result: dict[str, Any] = {
-                "device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": gpus, "torch": torch.__version__,
-                "shape": given.shape, "prompts": given.prompts, "completions": given.completions,
+                **about(), "shape": given.shape, "prompts": given.prompts, "completions": given.completions,
                 "new_tokens": given.new_tokens, "max_num_seqs": given.max_num_seqs,
             }  # fmt: skip
             ours = [sys.executable, "-m", "outrider.cli.main", "train", *words]
@@ -96,7 +96,7 @@ def trainer_flags(given: argparse.Namespace, model: Path, directory: Path, port:
         "num_generations": given.completions, "per_device_train_batch_size": rollouts,
         "max_tokens_per_micro_batch": given.tokens, "max_completion_length": given.new_tokens, "temperature": 1.0,
         "loss_type": "dapo", "beta": 0, "learning_rate": 1e-6, "max_staleness": STALENESS,
-        "max_steps": given.steps + WARM_UP + 1, "save_steps": 0, "panel": "off",
+        "max_steps": given.steps + WARM_UP + STALENESS + 1, "save_steps": 0, "panel": "off",
     }  # fmt: skip
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
@@ -110,6 +110,8 @@ def run(place: Path, command: list[str], gpu: str = "0") -> list[dict[str, Any]]
     )  # fmt: skip
     if ended.returncode:
         raise SystemExit(f"{place.name} ended with status {ended.returncode}: {(ended.stdout + ended.stderr)[-3000:]}")
+    for saved in (place / "final", *place.glob("checkpoint-*")):  # tens of GB, in memory
+        shutil.rmtree(saved)
     rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if "grad_norm" in row]
 

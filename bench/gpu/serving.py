@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from vllm_servers import Side, load, save_shape, server, until_ended
+from vllm_servers import Side, about, load, save_shape, server, until_ended
 
 RUNNING, REQUESTS, NEW_TOKENS, TURNS = 512, 1024, 256, 3
 #: Of a server that is to hold all sequences: tokens of 28 layers, 8 heads of 128, keys and values, 2 bytes.
@@ -80,7 +80,7 @@ def write(out: Path, speeds: dict[str, list[float]]) -> None:
     """What is known so far."""
     medians = {label: round(statistics.median(values)) for label, values in speeds.items()}
     result = {
-        "device": torch.cuda.get_device_name(), "model": "Qwen3 0.6B shape, bfloat16", "running": RUNNING,
+        **about(), "model": "Qwen3 0.6B shape, bfloat16", "running": RUNNING,
         "new_tokens": NEW_TOKENS, "tokens_per_second": medians,
         "all": {label: [round(value) for value in values] for label, values in speeds.items()},
         "http_overhead": round(1 - medians["ours_one_engine"] / medians["stock"], 4),

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_servers import free_port, save_shape
+from vllm_servers import about, free_port, save_shape
 
 from outrider.algorithm.losses import LossSpec
 from outrider.cli.entry import leave
@@ -59,7 +59,7 @@ def main() -> None:
         rank(given)
         return
     results = json.loads(given.out.read_text()) if given.out.exists() else {}
-    results |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results |= about()
     for shape in given.shapes:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
             model = random_weights(save_shape(Path(name) / "model", shape))

@@ -5,9 +5,9 @@ for how long; beside it vLLM's own transfer over NCCL, to the same server, in th
 
 generation_stall_ms: longest gap between two tokens of a stream around a commit, less the usual gap;
 without_a_commit_ms: the same where nothing happened, before the first update; staging_longest_ms and
-publishing_longest_ms: the longest gap, less the usual one, while a server stages, and while the trainer publishes;
-generation_late_ms: by how much all tokens after
-a commit are late; commit_gpu_ms: what the copy takes on the GPU.
+publishing_longest_ms: the same of each update while a server stages, and while the trainer publishes;
+update_longest_ms: of all of an update, from the beginning of publishing on, the median;
+generation_late_ms: by how much all tokens after a commit are late; commit_gpu_ms: what the copy takes on the GPU.
 trainer_stall_ms: what publishing costs a training loop whose step takes a second.
 native_*: the same with pause, start, update, finish and resume. stage_share_of_link: of the speed of one pinned copy.
 With a shape of up to 2B also the gap between the sampler's log-probabilities and those of Transformers on the other
@@ -17,7 +17,6 @@ GPU, with the same weights: mean, 99th percentile, largest.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -39,7 +38,7 @@ from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from updates import Load, Window, call, longest_gaps, staged_update, stalls
-from vllm_servers import Side, free_port, prompts, save_shape, server, until_ended
+from vllm_servers import Side, about, free_port, prompts, save_shape, server, until_ended
 
 RUNNING, STREAMS = 256, 8
 
@@ -221,16 +220,17 @@ def measure(side: Side, model: Path, shape: str, arguments: argparse.Namespace) 
     raw = {"arrivals": load.arrivals, "native_arrivals": native_load.arrivals, "quiet": quiet,
            **{name: getattr(figures, name) for name in ("ours", "staging", "publishing", "native")}}  # fmt: skip
     arguments.out.with_name(f"raw_{shape}.json").write_text(json.dumps(raw))
+    whole = [(begin, end + 0.5) for (begin, _), (_, end) in zip(figures.publishing, figures.ours, strict=True)]
     ours_ms, ours_late, usual = stalls(load.arrivals, figures.ours)
     result = {
-        "device": torch.cuda.get_device_name(), "shape": shape, "bytes": publisher.nbytes, "running": RUNNING,
-        "vllm": info.engine_version, "torch": torch.__version__, "commit": commit(),
+        **about(), "shape": shape, "bytes": publisher.nbytes, "running": RUNNING,
         "token_gap_ms": round(usual, 2),
         "generation_stall_ms": middle(ours_ms), "generation_stalls_ms": [round(value, 2) for value in ours_ms],
         "generation_late_ms": middle(ours_late),
         "without_a_commit_ms": middle(stalls(load.arrivals, quiet)[0]),
         "staging_longest_ms": [round(value, 2) for value in longest_gaps(load.arrivals, figures.staging)],
         "publishing_longest_ms": [round(value, 2) for value in longest_gaps(load.arrivals, figures.publishing)],
+        "update_longest_ms": middle(longest_gaps(load.arrivals, whole)),
         "commit_gpu_ms": middle([1000 * status.commit_seconds for status in figures.statuses]),
         "commit_http_ms": middle([1000 * (end - begin) for begin, end in figures.ours]),
         "trainer_stall_ms": middle([1000 * stall for stall in training.stalls]),
@@ -298,17 +298,12 @@ def native_update(side: Side, tensors: dict[str, torch.Tensor], figures: Figures
             time.sleep(1)
     except Exception as error:  # noqa: BLE001 - the other figures are worth having
         print(f"native transfer failed: {type(error).__name__}: {error}", flush=True)
+        call(side.url, "/resume", b"")  # what is measured next needs a server that generates
 
 
 def middle(values: list[float]) -> float:
     """The median, in three places."""
     return round(statistics.median(values), 3)
-
-
-def commit() -> str | None:
-    """Of this checkout; None where there is no git."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
 
 
 if __name__ == "__main__":
