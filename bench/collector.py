@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from about import about
 from rich.console import Console
 from rich.table import Table
 from stub_servers import Plan, Rollout
@@ -285,7 +286,7 @@ def report(results: dict[Level, list[Figures]], low: Level, high: Level, cores: 
         summary[f"microseconds_{label}"] = round(figures.cost * 1e6, 1)
         summary[f"rollouts_per_second_{label}"] = round(figures.rollouts_per_second)
     Console(highlight=False).print(table)
-    print(json.dumps(summary))
+    print(json.dumps({**summary, **about()}))
 
 
 if __name__ == "__main__":

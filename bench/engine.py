@@ -27,6 +27,7 @@ from pathlib import Path
 
 import aiohttp
 import torch
+from about import about
 from models import save_bench_model
 from processes import ENVIRONMENT, KEY, START_DEADLINE, add_busy, rollout_server, start, wait_for_quiet
 from rich.console import Console
@@ -176,7 +177,7 @@ def main() -> None:
     summary |= {
         f"tokens_per_second_{name.replace(' ', '_')}_{count}": round(value) for (name, count), value in median.items()
     }
-    print(json.dumps(summary))
+    print(json.dumps({**summary, **about()}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import msgspec
 import torch
+from about import about
 from models import DEMO_MODEL
 from processes import rollout_server, run, start, two_cores
 from rich.console import Console
@@ -286,7 +287,7 @@ def main() -> None:
             kind: statistics.median(curve.step_seconds for curve in runs) for kind, runs in curves.items()
         },
     }
-    print(json.dumps(summary))
+    print(json.dumps({**summary, **about()}))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from about import about
 from models import save_bench_model
 from processes import cpu_of_a_step, rollout_server, run, two_cores
 from rich.console import Console
@@ -195,7 +196,7 @@ def main() -> None:
             for sides in rounds
         ),
     }
-    print(json.dumps({name: round(value, 4) for name, value in summary.items()}))
+    print(json.dumps({**{name: round(value, 4) for name, value in summary.items()}, **about()}))
 
 
 if __name__ == "__main__":

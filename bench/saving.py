@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from about import about
 from models import save_bench_model
 from rich.console import Console
 from rich.table import Table
@@ -184,7 +185,7 @@ def main() -> None:
                 "save_seconds": round(whole, 3),
             }
     Console(highlight=False).print(table)
-    print(json.dumps({"window": options.window, "rounds": options.rounds, **summary}))
+    print(json.dumps({"window": options.window, "rounds": options.rounds, **summary, **about()}))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import torch
+from about import about
 from models import save_bench_model
 from processes import KEY, rollout_server
 from rich.console import Console
@@ -319,7 +320,7 @@ def main() -> int:
         and replica[1] < 1.15 * replica[0] + 50  # type: ignore[index]
         and abs(files[1] - files[0]) <= 8  # type: ignore[index,operator]
     )
-    print(json.dumps({**result, "minutes": options.minutes, "tracebacks": len(errors), "sound": sound}))
+    print(json.dumps({**result, "minutes": options.minutes, "tracebacks": len(errors), "sound": sound, **about()}))
     return 0 if sound else 1
 
 

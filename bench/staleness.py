@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+from about import about
 from rich.console import Console
 from rich.table import Table
 
@@ -61,7 +62,7 @@ def main() -> None:
         }
         for bound, runs in results.items()
     }
-    print(json.dumps(summary))
+    print(json.dumps({**summary, **about()}))
 
 
 if __name__ == "__main__":

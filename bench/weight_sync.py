@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from about import about
 from models import save_bench_model
 from processes import add_busy, rollout_server, wait_for_quiet
 from rich.console import Console
@@ -119,7 +120,7 @@ def main() -> None:
         key = label.replace(", its own ", "_").replace(", ", "_").lower()
         result |= {f"{key}_stall_ms": round(row[1], 2), f"{key}_late_ms": round(row[2], 2)}
     Console().print(table)
-    print(json.dumps(result))
+    print(json.dumps({**result, **about()}))
 
 
 if __name__ == "__main__":

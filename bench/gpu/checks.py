@@ -29,7 +29,7 @@ import torch
 from gap import ask, gap
 from inflight import versions_in_flight
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
-from vllm_servers import Side, about, server, until_ended, visible
+from vllm_servers import Side, server, until_ended, visible
 
 import outrider.demo
 from outrider.contract import routes
@@ -39,6 +39,7 @@ from outrider.demo.task import problems, write_jsonl
 from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from about import about
 from updates import KEY, call, staged_update
 
 DEMO = Path(outrider.demo.__file__).parent / "model"

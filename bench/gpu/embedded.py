@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
-from vllm_servers import about
 
 from tests.server.cores import Bench, reference
 from tests.server.models import CONFIGS, save_model
 from tests.server.test_core import prompts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from about import about
 
 NEW_TOKENS, PROMPT_TOKENS = 256, 64
 

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_servers import KEY, SHAPES, about, save_shape, server, visible
+from vllm_servers import KEY, SHAPES, save_shape, server, visible
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from about import about
 from overlap import write_prompts
 
 HERE = Path(__file__).parents[1]

@@ -14,13 +14,17 @@ import contextlib
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import torch
-from vllm_servers import Side, about, load, save_shape, server, until_ended
+from vllm_servers import Side, load, save_shape, server, until_ended
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from about import about
 
 RUNNING, REQUESTS, NEW_TOKENS, TURNS = 512, 1024, 256, 3
 #: Of a server that is to hold all sequences: tokens of 28 layers, 8 heads of 128, keys and values, 2 bytes.

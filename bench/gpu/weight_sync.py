@@ -37,8 +37,9 @@ from outrider.server.vllm_engine.weights import tensor_shapes
 from outrider.weights.publish import Publisher
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from about import about
 from updates import Load, Window, call, longest_gaps, staged_update, stalls
-from vllm_servers import Side, about, free_port, prompts, save_shape, server, until_ended
+from vllm_servers import Side, free_port, prompts, save_shape, server, until_ended
 
 RUNNING, STREAMS = 256, 8
 
