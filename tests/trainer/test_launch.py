@@ -102,11 +102,16 @@ def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path
     assert (summary.reward_after or 0) >= 0.5
 
 
-@pytest.mark.parametrize("told", ["both", "the second"])
-def test_two_nodes_train_together_until_they_are_told_to_stop(server: Server, tmp_path: Path, told: str) -> None:
+@pytest.mark.parametrize(
+    ("told", "sharded"),
+    [("both", ("--shard_across_nodes", "false")), ("the second", ("--fsdp_cpu_offload", "true"))],
+)
+def test_two_nodes_train_together_until_they_are_told_to_stop(
+    server: Server, tmp_path: Path, told: str, sharded: tuple[str, ...]
+) -> None:
     """As clusters do it: SIGTERM for every node at once, or for the one that is to be emptied; in the middle of a batch
-    with four optimizer steps."""
-    port, flags = free_port(), ("--steps_per_generation", "2", "--num_iterations", "2")
+    with four optimizer steps. Each node has a copy of the model, or a half of the one."""
+    port, flags = free_port(), ("--steps_per_generation", "2", "--num_iterations", "2", *sharded)
     second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port, steps=400)
     first = start(server, tmp_path, *flags, nodes=2, node=0, processes=1, port=port, steps=400)
     deadline = time.monotonic() + DEADLINE
