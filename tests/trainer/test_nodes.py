@@ -77,6 +77,13 @@ def evaluations(directory: Path) -> list[float]:
     return [row["reward"] for row in map(json.loads, rows) if "learning_rate" not in row]
 
 
+def has_spoken_to(process: "subprocess.Popen[str]", port: int) -> bool:
+    """Whether its host has, or had within the last minute, a connection to ``port`` elsewhere."""
+    tables = [Path(f"/proc/{process.pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    remote = [line.split()[2] for table in tables for line in table.splitlines()[1:]]
+    return any(int(place.rpartition(":")[2], 16) == port for place in remote)
+
+
 def test_a_node_with_another_parameter_is_refused_by_name(hosts: list[Simulated], tmp_path: Path) -> None:
     first, second = start(hosts, 0, tmp_path), start(hosts, 1, tmp_path, rate=1e-3)
     for process in (first, second):
@@ -99,8 +106,8 @@ def test_a_node_that_the_server_does_not_reach_is_named(hosts: list[Simulated], 
 
 
 def test_the_demo_learns_until_a_link_is_cut(hosts: list[Simulated], tmp_path: Path) -> None:
-    """Weights travel from both nodes to the server by HTTP: it shares no memory with them. No connection is closed by
-    the cut: the other side is silent. Last, since the link stays down."""
+    """Weights travel from both nodes to the server by HTTP: it shares no memory with them, and only node 0 has to do
+    with its port. No connection is closed by the cut: the other side is silent. Last, since the link stays down."""
     first, second = (start(hosts, node, tmp_path) for node in (0, 1))
     deadline = time.monotonic() + DEADLINE
     while len(found := evaluations(tmp_path)) < 2:
@@ -108,6 +115,8 @@ def test_the_demo_learns_until_a_link_is_cut(hosts: list[Simulated], tmp_path: P
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert found[1] >= found[0] + 0.2
+    assert has_spoken_to(first, 8000)
+    assert not has_spoken_to(second, 8000)
     hosts[1].cut()
     _, said = first.communicate(timeout=60)
     assert first.returncode == 1
