@@ -33,12 +33,3 @@ def leave(status: int) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
-
-
-def show(text: str) -> None:
-    """Print text; a reader that leaves early, such as ``head``, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,8 +6,9 @@ import sys
 from typing import NoReturn
 
 import outrider
-from outrider.cli.entry import Command, leave, run_command, show
+from outrider.cli.entry import Command, leave, run_command
 from outrider.contract.errors import UserError
+from outrider.contract.output import show
 
 #: Where each command is, imported when it is called, and what it does.
 _COMMANDS = {

@@ -3,11 +3,11 @@
 import msgspec
 
 from outrider.cli.describe import describe_section
-from outrider.cli.entry import show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import FlagSet, Parsed, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS
 from outrider.contract.errors import UserError
+from outrider.contract.output import show
 from outrider.server.config import EngineChoice, RolloutConfig
 from outrider.server.vllm_engine.command import check_installed, engines_per_device, vllm_command, vllm_version
 

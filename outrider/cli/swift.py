@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from outrider.cli import rollout, train
-from outrider.cli.entry import leave, run_command, show
+from outrider.cli.entry import leave, run_command
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import Given, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS, TRAIN_FLAGS, SwiftFlag
 from outrider.cli.train_config import TRAIN, train_config
 from outrider.contract.errors import UserError
+from outrider.contract.output import show
 
 _USAGE = "'swift rollout ...' and 'swift rlhf --rlhf_type grpo ...'"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 
 from outrider.cli.describe import describe
-from outrider.cli.entry import show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import asks_for_help
 from outrider.cli.placement import find_placement
 from outrider.cli.specs import make_specs
 from outrider.cli.train_config import TRAIN, TrainConfig, parse_train, resolve
 from outrider.contract.errors import UserError
+from outrider.contract.output import show
 from outrider.contract.threads import yield_idle_threads
 
 

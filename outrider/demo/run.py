@@ -17,12 +17,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from outrider.cli.entry import show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import FlagSet, asks_for_help
 from outrider.contract.errors import UserError
 from outrider.contract.lifetime import die_with_parent
 from outrider.contract.options import Section, option
+from outrider.contract.output import show
 from outrider.demo.task import problems, write_jsonl
 from outrider.trainer.summary import Summary
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from outrider.contract.feed import PoolStatus
+from outrider.contract.output import drop_output
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent
 from outrider.observe.live_panel import LivePanel
@@ -47,10 +48,19 @@ def make_panel(
     config: LoggingConfig, title: str, max_steps: int, max_staleness: int, console: Console | None = None
 ) -> Panel:
     """The panel that ``--panel`` asks for. console: where to write; by default standard output."""
-    console = console or Console(force_terminal=True if config.panel == "on" else None, highlight=False)
+    console = console or LastingConsole(force_terminal=True if config.panel == "on" else None, highlight=False)
     if config.panel == "on" or (config.panel == "auto" and console.is_terminal and not console.is_dumb_terminal):
         return LivePanel(config, title, max_steps, max_staleness, console)
     return PlainPanel(config, title, max_steps, max_staleness, console)
+
+
+class LastingConsole(Console):
+    """Standard output, whose reader may leave: the run goes on without."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own way is to exit."""
+        self.quiet = True
+        drop_output()
 
 
 class PlainPanel:

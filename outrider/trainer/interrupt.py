@@ -2,34 +2,38 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
-from types import FrameType
+
+from outrider.contract.signals import hear_at_once
+
+#: Seconds for the last words of a process, which may wait for a terminal that has been stopped.
+LAST_WORDS = 5.0
 
 
 class Interrupt:
     """Notes the first signal; the second one ends the process at once."""
 
     def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
-        """on_first: tells the user. on_second: last words before the process ends."""
+        """on_first: tells the user. on_second: last words before the process ends. Both are called on threads of their
+        own."""
         self.requested = False
         self._signals = 0
         self._on_first, self._on_second = on_first, on_second
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore(self) -> None:
-        """Put back the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        #: Puts back the handlers that were there before.
+        self.restore = hear_at_once((signal.SIGINT, signal.SIGTERM), self._hear)
 
     def request(self) -> None:
         """Finish the step and save, as another node asks; any number of them are one."""
         if not self.requested:
             self.requested = True
-            self._on_first()
+            threading.Thread(target=self._on_first, daemon=True).start()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, number: int) -> None:
         self._signals += 1
         if self._signals > 1:
-            self._on_second()
+            words = threading.Thread(target=self._on_second, daemon=True)
+            words.start()
+            words.join(LAST_WORDS)
             os._exit(128 + number)
         self.request()

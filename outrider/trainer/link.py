@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,14 @@ class CollectorLink:
             self._process.wait()
         self.close()
 
+    def abandon(self) -> None:
+        """As :meth:`kill`, on any thread of a process that ends at once: sockets are left to the thread that they
+        belong to."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+        self._remove_directory()
+
     def close(self) -> None:
         """Release socket, log and directory; safe to call twice."""
         self._socket.close()
@@ -174,6 +183,9 @@ class CollectorLink:
         self._context.term()
         if self._log is not None:
             self._log.close()
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
         with contextlib.suppress(OSError):
             for name in os.listdir(self._directory):
                 os.unlink(os.path.join(self._directory, name))

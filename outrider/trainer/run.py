@@ -16,6 +16,7 @@ from outrider.contract.feed import Batch, Begin, EvalResult, Kept, Ready
 from outrider.contract.identity import model_fingerprint
 from outrider.contract.keys import client_key
 from outrider.contract.manifest import Manifest
+from outrider.contract.output import show
 from outrider.observe.metrics import MetricsWriter, read_metrics
 from outrider.observe.panel import Panel, make_panel
 from outrider.observe.records import EvalRecord, StepRecord
@@ -338,15 +339,14 @@ class Trainer:
     def stopped_by_user(self) -> int:
         """Save what there is, and say how to go on. Returns the exit status."""
         if self.started is None:
-            print("stopped before the first step", flush=True)
+            show("stopped before the first step")
             return 130
         seconds = self._elapsed()
         self._save_last(seconds)
         self._write_end(seconds, finished=False)
-        print(
+        show(
             f"stopped after step {self.step} of {self.max_steps}; go on with the same command and "
-            "--resume_from_checkpoint auto",
-            flush=True,
+            "--resume_from_checkpoint auto"
         )
         return 130
 
@@ -369,12 +369,12 @@ class Trainer:
         )
 
     def _abandon(self) -> None:
-        """Leave no process, no shared memory and no hidden cursor behind. Runs in a signal handler, or beside
-        the trainer, whatever it was doing: nothing here waits for a thread of the trainer's own."""
-        self.panel.stop()
-        self.link.kill()
+        """Leave no process, no shared memory and no hidden cursor behind. Runs beside the trainer, whatever it is
+        doing: nothing here waits for a thread of the trainer's own but the cursor, which is the last."""
+        self.link.abandon()
         for index in range(BUFFERS):
             segment_path(self.spec.run_id, index).unlink(missing_ok=True)
+        self.panel.stop()
 
     def close(self) -> None:
         """End the collector, wait for what is being saved, remove the segments, put the terminal back."""

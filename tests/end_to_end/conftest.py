@@ -73,17 +73,21 @@ def flags(demo_model: Path, data: Path, port: int) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def train(flags: dict[str, str]) -> Iterator[Train]:
-    """``train(directory, **changes)`` starts a trainer there. A change to None leaves the flag out. environment: see
-    :class:`Command`."""
+    """``train(directory, **changes)`` starts a trainer there. A change to None leaves the flag out. environment,
+    to: see :class:`Command`."""
     started = []
 
     def start(
-        directory: Path, program: str = "outrider", environment: Mapping[str, str] | None = None, **changes: object
+        directory: Path,
+        program: str = "outrider",
+        environment: Mapping[str, str] | None = None,
+        to: int | None = None,
+        **changes: object,
     ) -> Command:
         chosen = {name: value for name, value in (flags | changes).items() if value is not None}
         words = [word for name, value in chosen.items() for word in (f"--{name}", *str(value).split())]
         command = ["rlhf", "--rlhf_type", "grpo"] if program == "swift" else ["train"]
-        started.append(Command(program, [*command, *words], directory, environment))
+        started.append(Command(program, [*command, *words], directory, environment, to))
         return started[-1]
 
     yield start

@@ -1,5 +1,6 @@
 """Commands as real processes: started, watched, signalled, and looked after when they are gone."""
 
+import contextlib
 import os
 import re
 import signal
@@ -29,17 +30,26 @@ class Command:
     """``outrider ...`` or ``swift ...`` as a child process, with its output in files."""
 
     def __init__(
-        self, program: str, words: list[str], directory: Path, environment: Mapping[str, str] | None = None
+        self,
+        program: str,
+        words: list[str],
+        directory: Path,
+        environment: Mapping[str, str] | None = None,
+        to: int | None = None,
     ) -> None:
         """program: ``outrider`` or ``swift``. directory: where it runs and where its output goes. environment: what
-        it has besides that of the tests."""
+        it has besides that of the tests. to: where its standard output goes instead, a file descriptor."""
         module = {"outrider": "outrider.cli.main", "swift": "outrider.cli.swift"}[program]
         number = len(list(directory.glob("command-*.out")))
         self._out, self._err = (directory / f"command-{number}.{end}" for end in ("out", "err"))
         variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})}
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *words], cwd=directory, stdout=out, stderr=err, env=variables
+                [sys.executable, "-m", module, *words],
+                cwd=directory,
+                stdout=out if to is None else to,
+                stderr=err,
+                env=variables,
             )
 
     @property
@@ -105,9 +115,10 @@ def ranks_of(launcher: int) -> dict[str, int]:
     """Process ids of a launcher's ranks."""
     found = {}
     for task in Path(f"/proc/{launcher}/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found |= {v[5:].decode(): int(pid) for v in variables if v.startswith(b"RANK=")}
+        with contextlib.suppress(OSError):  # a thread, or a child, that ends at this moment
+            for pid in (task / "children").read_text().split():
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                found |= {v[5:].decode(): int(pid) for v in variables if v.startswith(b"RANK=")}
     return found
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C, and Ctrl-C twice. Signals go to the trainer alone. For a kill that nobody can catch, see test_kills."""
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_ctrl_c_twice_ends_at_once_and_leaves_nothing(train: Train, settings: di
     assert "Traceback" not in done.err
     assert all_gone(processes)
     assert trainer.segments() == []
+
+
+def test_a_run_goes_on_without_its_reader(train: Train, settings: dict[str, Any], tmp_path: Path) -> None:
+    """As with ``outrider train ... | tee log``, where Ctrl-C ends both: what there is is saved all the same."""
+    reading, writing = os.pipe()
+    trainer = train(tmp_path, to=writing, **settings)
+    os.close(writing)
+    with open(reading) as reader:
+        while not reader.readline().startswith("step 2/"):
+            assert trainer.process.poll() is None
+    trainer.signal(signal.SIGINT)
+    done = trainer.wait()
+    assert (done.status, done.err) == (130, "")
+    assert not summary(tmp_path / "run").finished
+    assert list((tmp_path / "run").glob("checkpoint-*/optimizer"))
 
 
 def test_ctrl_c_while_waiting_for_a_server(train: Train, flags: dict[str, str], tmp_path: Path) -> None:
