@@ -3,12 +3,16 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from outrider.contract.errors import UserError
 
 Command = Callable[[list[str]], int]
+
+#: Loaded by processes that train.
+_TRAINED = "outrider.trainer.ranks"
 
 
 def run_command(program: str, command: Command, argv: list[str]) -> int:
@@ -24,10 +28,24 @@ def run_command(program: str, command: Command, argv: list[str]) -> int:
         return 130
 
 
+def be_process(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and end this process with its exit status, however it ends."""
+    try:
+        status = main()
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # noqa: BLE001 - said as Python says it, and the process ends
+        traceback.print_exc()
+        status = 1
+    leave(status)
+
+
 def leave(status: int) -> NoReturn:
-    """End this process. One that torchrun has started does not take the interpreter apart first: a thread of torch's
-    process groups that lets go of a tensor meanwhile, the last one that this rank has heard, would abort it."""
-    if "LOCAL_RANK" not in os.environ:
+    """End this process. One that has trained does not take the interpreter apart first: a thread of torch's process
+    groups that lets go of a tensor meanwhile, the last one that this rank has heard, would abort it."""
+    if _TRAINED not in sys.modules:
         sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more

@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 import outrider
-from outrider.cli.entry import Command, leave, run_command
+from outrider.cli.entry import Command, be_process, run_command
 from outrider.contract.errors import UserError
 from outrider.contract.output import show
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def console() -> NoReturn:
     """Be the command, and end with its exit status."""
-    leave(main())
+    be_process(main)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from outrider.cli import rollout, train
-from outrider.cli.entry import leave, run_command
+from outrider.cli.entry import be_process, run_command
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import Given, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS, TRAIN_FLAGS, SwiftFlag
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def console() -> NoReturn:
     """Be the command, and end with its exit status."""
-    leave(main())
+    be_process(main)
 
 
 def _dispatch(argv: list[str]) -> int:

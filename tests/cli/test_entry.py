@@ -6,31 +6,57 @@ import sys
 
 import pytest
 
-ENDS = """
-import atexit
-from outrider.cli.entry import leave
+SAYS = """
+import atexit, sys
+from outrider.cli.entry import be_process
 atexit.register(print, "taken apart")
-print("said", end="")
-leave(130)
+def main():
+    print("said", end="")
+    {end}
+if {trains}:
+    sys.modules["outrider.trainer.ranks"] = sys
+be_process(main)
 """
 
 
-@pytest.mark.parametrize(("rank", "printed"), [({}, "saidtaken apart\n"), ({"LOCAL_RANK": "1"}, "said")])
-def test_a_rank_leaves_without_taking_the_interpreter_apart(rank: dict[str, str], printed: str) -> None:
+def ended(end: str, trains: bool, stdout: int = subprocess.PIPE) -> "subprocess.CompletedProcess[str]":
+    """A process whose command says something, and then does ``end``."""
+    return subprocess.run(
+        [sys.executable, "-c", SAYS.format(end=end, trains=trains)],
+        env=os.environ | {"PYTHONUNBUFFERED": ""}, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("trains", "printed"), [(False, "saidtaken apart\n"), (True, "said")])
+@pytest.mark.parametrize(
+    ("end", "status", "why"),
+    [
+        ("return 130", 130, ""),
+        ("raise SystemExit(2)", 2, ""),
+        ("raise SystemExit", 0, ""),
+        ("raise SystemExit('why')", 1, "why\n"),
+    ],
+)
+def test_a_process_that_has_trained_is_not_taken_apart(
+    end: str, status: int, why: str, trains: bool, printed: str
+) -> None:
     """It has said everything by then, and its exit status is the command's."""
-    ended = subprocess.run(
-        [sys.executable, "-c", ENDS], env=os.environ | rank, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (ended.returncode, ended.stdout) == (130, printed)
+    done = ended(end, trains)
+    assert (done.returncode, done.stdout, done.stderr) == (status, printed, why)
 
 
-def test_a_rank_whose_reader_has_left_keeps_its_status() -> None:
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_error_is_shown_with_its_traceback(trains: bool) -> None:
+    done = ended("raise ValueError('why')", trains)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ValueError: why\n")
+
+
+def test_a_trainer_whose_reader_has_left_keeps_its_status() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    ended = subprocess.run(
-        [sys.executable, "-c", ENDS],
-        env=os.environ | {"LOCAL_RANK": "0", "PYTHONUNBUFFERED": ""},
-        stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False,
-    )  # fmt: skip
+    done = ended("return 130", True, writing)
     os.close(writing)
-    assert (ended.returncode, ended.stderr) == (130, b"")
+    assert (done.returncode, done.stderr) == (130, "")

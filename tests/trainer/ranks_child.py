@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from outrider.algorithm.losses import LossSpec
-from outrider.cli.entry import leave
+from outrider.cli.entry import be_process
 from outrider.trainer.clock import StepClock
 from outrider.trainer.config import BatchConfig, OptimizerConfig
 from outrider.trainer.optimizer import make_optimizer
@@ -97,5 +97,4 @@ def main(model: str, output: str, copies: str, peers: str, *variants: str) -> No
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    leave(0)
+    be_process(lambda: main(*sys.argv[1:]) or 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from outrider.cli.entry import leave
+from outrider.cli.entry import be_process
 from outrider.contract.errors import UserError
 from outrider.trainer import agreement
 from outrider.trainer.checkpoint import checkpoint_path
@@ -113,5 +113,4 @@ def refused(ranks: Ranks, directory: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    leave(0)
+    be_process(lambda: main(*sys.argv[1:]) or 0)
