@@ -113,17 +113,17 @@ class RewardRunner:
         self.seconds, self.running = 0.0, 0
         self.switched: Callable[[], None] = lambda: None
         self._accepted = [accepted_columns(reward.function) for reward in self.rewards]
-        self._pool: ProcessPool | None = None
-        if not all(reward.is_async for reward in self.rewards):
-            # Spawned, not forked: the collector has threads, and a fork would copy their locks.
-            self._pool = ProcessPool(
-                max_workers=workers,
-                initializer=_load,
-                initargs=(list(specs), settings, list(plugins)),
-                context=get_context("spawn"),
-            )
-            for _ in range(workers):
-                self._pool.schedule(_nothing)
+        self._workers, self._to_load = workers, (list(specs), settings, list(plugins))
+        self._pool = None if all(reward.is_async for reward in self.rewards) else self._make_pool()
+
+    def _make_pool(self) -> ProcessPool:
+        # Spawned, not forked: the collector has threads, and a fork would copy their locks.
+        pool = ProcessPool(
+            max_workers=self._workers, initializer=_load, initargs=self._to_load, context=get_context("spawn")
+        )
+        for _ in range(self._workers):
+            pool.schedule(_nothing)
+        return pool
 
     async def score(self, rollouts: Sequence[Rollout], prompt: str, columns: Mapping[str, Any]) -> list[list[Any]]:
         """One list of rewards for each function, one entry a rollout: float or None. Raises RewardFailed."""
@@ -156,10 +156,10 @@ class RewardRunner:
                 result = await asyncio.wait_for(_await(function(completions, **_as_lists(columns))), self.timeout)
                 self.seconds += time.monotonic() - started
                 return check_rewards(name, result, len(completions))
-            assert self._pool is not None
-            # The time counts from when a worker takes the call, so neither its start nor the queue goes into it.
-            future = self._pool.schedule(_timed_call, args=(index, name, completions, columns), timeout=self.timeout)
-            outcome, seconds = await asyncio.wrap_future(future)
+            try:
+                outcome, seconds = await self._in_a_worker(index, name, completions, columns)
+            except RuntimeError:  # a worker that ends while it has nothing to do breaks the pool, and all its calls
+                outcome, seconds = await self._in_a_worker(index, name, completions, columns)
             self.seconds += seconds
         except RewardFailed:
             raise
@@ -173,6 +173,19 @@ class RewardRunner:
         if isinstance(outcome, str):
             raise RewardFailed(outcome)
         return outcome
+
+    async def _in_a_worker(self, *call: Any) -> tuple[list[float | None] | str, float]:
+        """Raises RuntimeError when the pool is broken, and has a new one made."""
+        assert self._pool is not None
+        pool = self._pool
+        try:
+            # The time counts from when a worker takes the call, so neither its start nor the queue goes into it.
+            return await asyncio.wrap_future(pool.schedule(_timed_call, args=call, timeout=self.timeout))
+        except RuntimeError:
+            if self._pool is pool:
+                self._pool = self._make_pool()
+                pool.stop()
+            raise
 
     def close(self) -> None:
         """End the worker processes."""

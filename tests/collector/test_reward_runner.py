@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -186,6 +187,15 @@ async def test_a_process_that_hangs_or_dies_is_replaced(scripted: RewardRunner, 
     with pytest.raises(RewardFailed, match=f"reward scripted: {reason}"):
         await act(scripted, action)
     assert await act(scripted, "bool") == [[1.0, None]]
+
+
+async def test_a_process_that_dies_while_idle_is_replaced(scripted: RewardRunner) -> None:
+    """As when the system runs out of memory and takes the largest process that does nothing."""
+    for _ in range(2):
+        assert await act(scripted, "bool") == [[1.0, None]]
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        await asyncio.sleep(0.5)  # it is noticed meanwhile
 
 
 async def test_while_one_hangs_the_others_go_on(scripted: RewardRunner) -> None:
