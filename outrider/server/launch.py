@@ -85,6 +85,7 @@ class _Server(uvicorn.Server):
     ) -> None:
         super().__init__(settings)
         self.app, self.rollout, self.listener = app, config, listener
+        self._start: asyncio.Task[None] | None = None
         self._stop_task: asyncio.Task[None] | None = None
         self._signals = 0
         #: Why the server could not start.
@@ -104,14 +105,20 @@ class _Server(uvicorn.Server):
             await self.app.engine.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._start = asyncio.get_running_loop().create_task(self.app.engine.start())
         try:
-            await self.app.engine.start()
+            await self._start
+        except asyncio.CancelledError:  # it was told to stop
+            self.should_exit = True
+            return
         except (UserError, Unavailable) as error:
             self.problem = (
                 error if isinstance(error, UserError) else UserError(f"--model {self.rollout.model}: {error}")
             )
             self.should_exit = True
             return
+        finally:
+            self._start = None
         await super().startup(sockets)
         search_less_often()
         host, port = self.listener.getsockname()[:2]
@@ -119,6 +126,9 @@ class _Server(uvicorn.Server):
 
     def _on_signal(self) -> None:
         self._signals += 1
+        if self._start is not None:  # nobody is served yet
+            self._start.cancel()
+            return
         if self._signals > 2:
             self.force_exit = self.should_exit = True
             return

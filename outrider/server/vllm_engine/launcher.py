@@ -153,6 +153,7 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):  # there is no guard any more if it was killed itself
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._reader.join(_PATIENCE)
 
     def wait(self) -> int:
         """Its exit status, when all of its log has been handed on."""
@@ -176,14 +177,19 @@ class _Launch:
 
     def __init__(self, config: RolloutConfig, children: list[_Child]) -> None:
         self.config, self.children = config, children
-        self.stopping = False
+        self.stopping, self._signals = False, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
 
     def stop(self) -> None:
+        """The first signal drains, a second one cuts off what is running, and a third one ends at once."""
         self.stopping = True
+        self._signals += 1
         for child in self.children:
-            child.stop()
+            if self._signals > 2:
+                child.kill()
+            else:
+                child.stop()
 
     def run(self, host: str, port: int) -> int:
         """With one child that listens on the port itself. Returns the exit status. Raises UserError."""
