@@ -98,11 +98,12 @@ class Ledger:
                 f"{self.archive.directory} holds rollouts of another run: choose another --output_dir, or move "
                 "them away"
             )
-        changed = [name for name, value in facts.items() if known and known.get(name) != value]
+        # A fact that an earlier version did not keep is taken as it is now.
+        changed = [name for name, value in facts.items() if known.get(name, value) != value]
         if changed:
             name = changed[0]
             raise UserError(
-                f"ledger {path} is of a run with {name} {known.get(name)}; this one has {facts[name]}: "
+                f"ledger {path} is of a run with {name} {known[name]}; this one has {facts[name]}: "
                 "resume with the same settings, or choose another --output_dir"
             )
         keep = "INSERT OR IGNORE INTO facts VALUES (?, ?)"

@@ -121,6 +121,13 @@ def test_facts_of_another_run_are_refused_with_both_values(tmp_path: Path) -> No
     open_ledger(tmp_path, resume=True).close()
 
 
+def test_a_fact_that_an_earlier_version_did_not_keep_is_kept_from_now_on(tmp_path: Path) -> None:
+    open_ledger(tmp_path).close()
+    open_ledger(tmp_path, resume=True, facts={**FACTS, "dataset_shuffle": "true"}).close()
+    with pytest.raises(UserError, match=r"run with dataset_shuffle true; this one has false: resume with the same"):
+        open_ledger(tmp_path, resume=True, facts={**FACTS, "dataset_shuffle": "false"})
+
+
 def test_a_new_run_does_not_take_a_used_directory(tmp_path: Path) -> None:
     open_ledger(tmp_path).close()
     with pytest.raises(UserError, match=r"another run's ledger.*--resume_from_checkpoint auto"):

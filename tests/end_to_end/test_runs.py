@@ -76,6 +76,7 @@ def test_the_directory_of_a_run_is_for_no_other(synchronous: list[Path], train: 
         ({"max_steps": 4, "seed": 3}, ["holds another run's ledger", "choose another directory", "auto"]),
         ({**again, "seed": 7}, ["run with seed 3; this one has 7", "resume with the same settings"]),
         ({**again, "seed": 3, "dataset": data / "heldout.jsonl"}, ["is of a run with dataset", "rows, hash"]),
+        ({**again, "seed": 3, "dataset_shuffle": "false"}, ["run with dataset_shuffle true; this one has false"]),
     ]:
         assert_one_message(train(run.parent, **changes).wait(), parts)
     assert trained(run) == before
