@@ -68,7 +68,7 @@ class ReplayLink(CollectorLink):
         pass
 
     def ready(self, deadline: float) -> Ready:
-        return Ready(servers=[], serving_dtype="float32", prompts=1, evaluation_prompts=0, segment_url="")
+        return Ready(servers=[], serving_dtype="float32", prompts=1, evaluation_prompts=0, segment_url="", ledger="")
 
     def batch(self) -> Batch:
         return self.batches.pop(0)

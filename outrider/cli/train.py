@@ -13,6 +13,7 @@ from outrider.cli.entry import show
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import asks_for_help
 from outrider.cli.placement import find_placement
+from outrider.cli.resume import check_resume
 from outrider.cli.specs import make_specs
 from outrider.cli.train_config import TRAIN, TrainConfig, parse_train, resolve
 from outrider.contract.errors import UserError
@@ -47,6 +48,8 @@ def start(config: TrainConfig, command: list[str]) -> int:
     yield_idle_threads()
     from outrider.trainer.run import train
 
+    if is_first_process(os.environ):
+        check_resume(config.run)
     trainer, collector = make_specs(config, resolved)
     return train(trainer, msgspec.msgpack.encode(collector))
 

@@ -82,6 +82,14 @@ def test_the_directory_of_a_run_is_for_no_other(synchronous: list[Path], train: 
     assert trained(run) == before
 
 
+def test_a_checkpoint_is_not_resumed_without_its_ledger(synchronous: list[Path], train: Train, tmp_path: Path) -> None:
+    """The run would begin its epoch again."""
+    checkpoint = synchronous[0] / "checkpoint-4"
+    done = train(tmp_path, seed=3, max_steps=5, resume_from_checkpoint=checkpoint).wait()
+    assert_one_message(done, [f"{checkpoint} was trained on 4 batches, of which run/ledger.sqlite records none"])
+    assert not (tmp_path / "run" / "collector.log").exists(), "nothing was started for it"
+
+
 def test_an_asynchronous_run_with_evaluation(train: Train, data: Path, tmp_path: Path) -> None:
     held_out = data / "heldout.jsonl"
     done = train(tmp_path, max_steps=4, max_staleness=2, val_dataset=held_out, eval_steps=2, loss_type="bnpo").wait()
