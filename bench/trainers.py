@@ -69,7 +69,7 @@ class ReplayLink(CollectorLink):
 
     def ready(self, deadline: float) -> Ready:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # as a server of the same machine serves it
-        return Ready(servers=[], serving_dtype=dtype, prompts=1, evaluation_prompts=0, segment_url="")
+        return Ready(servers=[], serving_dtype=dtype, prompts=1, evaluation_prompts=0, segment_url="", ledger="")
 
     def batch(self) -> Batch:
         return self.batches.pop(0)

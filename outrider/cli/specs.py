@@ -7,6 +7,7 @@ import msgspec
 
 from outrider.cli.train_config import Resolved, TrainConfig
 from outrider.collector.config import CollectorSpec
+from outrider.trainer.config import RunConfig
 from outrider.trainer.spec import TrainerSpec
 
 
@@ -52,12 +53,17 @@ def make_specs(config: TrainConfig, resolved: Resolved) -> tuple[TrainerSpec, Co
         groups_per_batch=resolved.groups_per_batch,
         mini_batches=resolved.mini_batches,
         seed=config.run.seed,
-        ledger=str(Path(config.run.output_dir) / "ledger.sqlite"),
+        ledger=str(ledger_path(config.run)),
         ledger_keep_steps=config.run.ledger_keep_steps,
         # With a KL term a group without advantages still has a gradient.
         drop_zero_variance=config.loss.beta == 0,
     )
     return trainer, collector
+
+
+def ledger_path(config: RunConfig) -> Path:
+    """The SQLite file of the run."""
+    return Path(config.output_dir) / "ledger.sqlite"
 
 
 def settings(config: TrainConfig, resolved: Resolved) -> dict[str, object]:

@@ -4,7 +4,6 @@ Flags that both have mean the same. Those that ours lacks are in :mod:`outrider.
 one line or refused, and none is dropped in silence.
 """
 
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -47,7 +46,8 @@ def _rollout(argv: list[str]) -> int:
     if asks_for_help(argv):
         show(help_text(rollout.ROLLOUT))
         return 0
-    given = _sift(rollout.ROLLOUT.collect(argv), ROLLOUT_FLAGS)
+    given, notices = _sift(rollout.ROLLOUT.collect(argv), ROLLOUT_FLAGS)
+    train.notify(notices)
     return rollout.start(rollout.rollout_config(rollout.ROLLOUT.convert(given)))
 
 
@@ -60,23 +60,22 @@ def _rlhf(argv: list[str]) -> int:
     if kind is None or kind.values != ("grpo",):
         found = "no --rlhf_type" if kind is None else str(kind)
         raise UserError(f"found {found}: this swift trains with GRPO alone; give --rlhf_type grpo")
-    given = _sift(collected, TRAIN_FLAGS)
+    given, notices = _sift(collected, TRAIN_FLAGS)
     _check_datasets(given)
     if not collected.keys() & {"train_type", "tuner_type"}:
-        _notice("--train_type is not given: all weights are trained, as with --train_type full")
-    return train.start(train_config(TRAIN.convert(given)), ["outrider.cli.swift", "rlhf", *argv])
+        notices.append("swift: --train_type is not given: all weights are trained, as with --train_type full")
+    return train.start(train_config(TRAIN.convert(given)), ["outrider.cli.swift", "rlhf", *argv], notices)
 
 
-def _sift(given: Mapping[str, Given], table: Mapping[str, SwiftFlag]) -> dict[str, Given]:
-    """What is left for our flags. UserError names everything that is refused; the rest is reported."""
+def _sift(given: Mapping[str, Given], table: Mapping[str, SwiftFlag]) -> tuple[dict[str, Given], list[str]]:
+    """What is left for our flags, and what to say of the others. UserError names everything that is refused."""
     foreign = {name: item for name, item in given.items() if name in table}
     asking = {name: item for name, item in foreign.items() if not _is_same(item, table[name])}
     refused = [f"{item} is refused: {table[name].reason}" for name, item in asking.items() if table[name].refused]
     if refused:
         raise UserError("\n".join(refused))
-    for name, item in asking.items():
-        _notice(f"{item} is not used: {table[name].reason}")
-    return {name: item for name, item in given.items() if name not in foreign}
+    notices = [f"swift: {item} is not used: {table[name].reason}" for name, item in asking.items()]
+    return {name: item for name, item in given.items() if name not in foreign}, notices
 
 
 def _is_same(item: Given, flag: SwiftFlag) -> bool:
@@ -98,11 +97,6 @@ def _check_datasets(given: Mapping[str, Given]) -> None:
                     f"--{name} {value}: hubs cannot be chosen with '::'; ids are those of the Hugging Face hub, "
                     "other data is given as files"
                 )
-
-
-def _notice(text: str) -> None:
-    if train.is_first_process(os.environ):
-        print(f"swift: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

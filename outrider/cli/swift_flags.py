@@ -44,7 +44,7 @@ _COSINE = "it is for the reward 'cosine', which is not built in"
 _REFERENCE = "the reference model stays what the policy was at the start; leave it out, or give --beta 0"
 _REFERENCE_SYNC = "the reference model is never moved"
 _REWARD_MODEL = "reward models are not in this version; call one from a function in --reward_funcs"
-_DISTRIBUTED = "this version trains in one process, which has nothing to shard"
+_SHARDING = "FSDP2 shards over all processes, as ZeRO-3 does; --fsdp_cpu_offload true offloads"
 
 _SHARED: dict[str, SwiftFlag] = {
     "model_type": _unused("the architecture is read from the model's own configuration"),
@@ -150,12 +150,12 @@ TRAIN_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
     "per_device_eval_batch_size": _unused(_EVALUATION),
     "save_strategy": _unused("checkpoints are saved every --save_steps steps", ("steps",)),
     # Execution.
-    "deepspeed": _unused(_DISTRIBUTED, _NONE),
-    "fsdp": _unused(_DISTRIBUTED, _NONE),
-    "ds3_gather_for_generation": _unused(_DISTRIBUTED),
+    "deepspeed": _unused(_SHARDING, _NONE),
+    "fsdp": _unused(_SHARDING, _NONE),
+    "ds3_gather_for_generation": _unused("weights are published by shard, and none is gathered for generation"),
     "sequence_parallel_size": _unused("sequences are not split over devices in this version", _ONE),
     "ddp_timeout": _unused("every phase has a deadline of its own"),
-    "ddp_find_unused_parameters": _unused(_DISTRIBUTED),
+    "ddp_find_unused_parameters": _unused("gradients are added up by FSDP2, and there is no DDP"),
     "padding_free": _unused("how sequences are packed or padded follows from the device"),
     "packing": _unused("how sequences are packed or padded follows from the device"),
     "use_liger_kernel": _unused("log-probabilities are computed in chunks of --logprob_chunk_size in any case", _OFF),

@@ -3,7 +3,7 @@
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from outrider.cli.describe import describe
 from outrider.cli.flag_help import help_text
 from outrider.cli.flags import asks_for_help
 from outrider.cli.placement import find_placement
+from outrider.cli.resume import check_resume
 from outrider.cli.specs import make_specs
 from outrider.cli.train_config import TRAIN, TrainConfig, parse_train, resolve
 from outrider.contract.errors import UserError
@@ -27,13 +28,15 @@ def main(argv: list[str]) -> int:
     return start(parse_train(argv), ["outrider.cli.main", "train", *argv])
 
 
-def start(config: TrainConfig, command: list[str]) -> int:
+def start(config: TrainConfig, command: list[str], notices: Sequence[str] = ()) -> int:
     """Train, or print what would be done with ``--dry_run``. Only the first process prints. command: the module and
-    arguments that have led here, for processes to be started with."""
+    arguments that have led here, for processes to be started with. notices: lines for the user, which would come twice
+    from whoever starts processes."""
     placement = find_placement(os.environ)
     resolved = resolve(config, placement.data_size(config.model.tensor_parallel_size))
     if config.run.dry_run:
         if is_first_process(os.environ):
+            notify(notices)
             show(describe(config, resolved, placement))
         return 0
     if placement.launches:
@@ -41,12 +44,13 @@ def start(config: TrainConfig, command: list[str]) -> int:
 
         return launch(placement, command)
     if is_first_process(os.environ):
-        for warning in resolved.warnings:
-            print(f"outrider: warning: {warning}", file=sys.stderr)
+        notify([*notices, *(f"outrider: warning: {warning}" for warning in resolved.warnings)])
         prepare_output_dir(Path(config.run.output_dir))
     yield_idle_threads()
     from outrider.trainer.run import train
 
+    if is_first_process(os.environ):
+        check_resume(config.run)
     trainer, collector = make_specs(config, resolved)
     return train(trainer, msgspec.msgpack.encode(collector))
 
@@ -65,6 +69,12 @@ def prepare_output_dir(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"--output_dir {path} cannot be written to ({error.strerror}): {remedy}") from error
+
+
+def notify(lines: Iterable[str]) -> None:
+    """Tell the user something."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def is_first_process(environment: Mapping[str, str]) -> bool:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import sqlite3
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,16 @@ import msgspec
 
 from outrider.collector.archive import Archive
 from outrider.collector.groups import Group
-from outrider.collector.ledger_rows import Row, groups_of, open_for_reading, readable, select_rows
+from outrider.collector.ledger_rows import (
+    ARCHIVED,
+    Row,
+    archived_steps,
+    groups_of,
+    held_steps,
+    open_for_reading,
+    readable,
+    select_rows,
+)
 from outrider.contract.arrays import pack_floats, pack_ints
 from outrider.contract.errors import UserError
 from outrider.contract.rollouts import RolloutRow
@@ -48,8 +58,8 @@ _LAYOUT = 3
 #: A rollout is several kilobytes: with pages of SQLite's usual 4 it costs twice the CPU time. The log is written back
 #: every so many pages, which is when the disk is waited for.
 _PAGE_BYTES, _CHECKPOINT_PAGES = 32768, 2000
-#: Name of the fact that says how many steps, from the first one on, are in the archive alone.
-_ARCHIVED = "archived_steps"
+#: Name of the fact by which checkpoints know their ledger.
+ID = "id"
 
 
 class Backlog(msgspec.Struct):
@@ -98,15 +108,18 @@ class Ledger:
                 f"{self.archive.directory} holds rollouts of another run: choose another --output_dir, or move "
                 "them away"
             )
-        changed = [name for name, value in facts.items() if known and known.get(name) != value]
+        # A fact that an earlier version did not keep is taken as it is now.
+        changed = [name for name, value in facts.items() if known.get(name, value) != value]
         if changed:
             name = changed[0]
             raise UserError(
-                f"ledger {path} is of a run with {name} {known.get(name)}; this one has {facts[name]}: "
+                f"ledger {path} is of a run with {name} {known[name]}; this one has {facts[name]}: "
                 "resume with the same settings, or choose another --output_dir"
             )
-        keep = "INSERT OR IGNORE INTO facts VALUES (?, ?)"
-        self._submit(lambda: self._db.executemany(keep, facts.items()), urgent=True).result()
+        #: Of this ledger and its copies alone.
+        self.id = known.get(ID) or uuid.uuid4().hex
+        keep, kept = "INSERT OR IGNORE INTO facts VALUES (?, ?)", {**facts, ID: self.id}
+        self._submit(lambda: self._db.executemany(keep, kept.items()), urgent=True).result()
 
     def finished(self, group: Group) -> "Future[Any]":
         """Record a group that waits for its batch."""
@@ -146,13 +159,13 @@ class Ledger:
                 self._db.execute("DELETE FROM rollouts WHERE group_id = ?", (group_id,))
                 self._db.execute("DELETE FROM groups WHERE id = ?", (group_id,))
                 _note_archived(self._db, group_id)
-            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (_ARCHIVED, str(step + 1)))
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (ARCHIVED, str(step + 1)))
 
         return self._submit(write)
 
     def backlog(self, start_step: int) -> Backlog:
-        """What there is to take up for a run that goes on with ``start_step``. Raises UserError when steps that are
-        needed for it are no longer in the archive."""
+        """What there is to take up for a run that goes on with ``start_step``. Raises UserError when steps before
+        it were never recorded here, or steps that are needed for it are no longer in the archive."""
         return self._thread.submit(lambda: _backlog(self._db, self.archive, start_step)).result()
 
     def close(self) -> None:
@@ -249,16 +262,26 @@ def _open(path: Path) -> sqlite3.Connection:
     # A power cut may cost the last moments, a killed process nothing; the file is sound either way.
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-    empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    if not is_empty(db):
+        check_layout(path, db)
+    db.executescript(_SCHEMA)
+    db.execute(f"PRAGMA user_version = {_LAYOUT}")
+    return db
+
+
+def is_empty(db: sqlite3.Connection) -> bool:
+    """Whether nothing has been made of the file yet."""
+    return db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+def check_layout(path: Path, db: sqlite3.Connection) -> None:
+    """Raises UserError when the tables are those of another version."""
     [layout] = db.execute("PRAGMA user_version").fetchone()
-    if not empty and layout != _LAYOUT:
+    if layout != _LAYOUT:
         raise UserError(
             f"ledger {path} has layout {layout}, and this version of Outrider writes layout {_LAYOUT}: choose another "
             "--output_dir, or go on with the version that began the run"
         )
-    db.executescript(_SCHEMA)
-    db.execute(f"PRAGMA user_version = {_LAYOUT}")
-    return db
 
 
 def _note_archived(db: sqlite3.Connection, group_id: int) -> None:
@@ -271,10 +294,15 @@ def _note_archived(db: sqlite3.Connection, group_id: int) -> None:
 
 
 def _backlog(db: sqlite3.Connection, archive: Archive, start_step: int) -> Backlog:
+    if (held := held_steps(db)) < start_step:
+        # The cursor of the data is here alone: a run that goes on would ask the same prompts again.
+        raise UserError(
+            f"{archive.directory.parent}: the run goes on after {start_step} batches, and its ledger has {held} of "
+            "them: go on with the ledger of the run that trained them"
+        )
     rows = select_rows(db, "g.state = 'finished' OR g.step >= ?", (start_step,))
     replays = _by_step(row for row in rows if row.step is not None)
-    [archived] = db.execute("SELECT max(CAST(value AS INTEGER)) FROM facts WHERE name = ?", (_ARCHIVED,)).fetchone()
-    for step in range(start_step, archived or 0):
+    for step in range(start_step, archived_steps(db)):
         replays |= _by_step(row for row in archive.read(step) if row.step is not None)
     missing: list[int] = []
     next_group = 0

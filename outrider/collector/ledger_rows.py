@@ -17,6 +17,9 @@ from outrider.contract.generation import VersionSpan
 from outrider.contract.rollouts import RolloutRow
 from outrider.environments.base import Rollout, logprob_array, token_array
 
+#: Name of the fact that says how many steps, from the first one on, are in the archive alone.
+ARCHIVED = "archived_steps"
+
 
 class Row(NamedTuple):
     """One rollout with what is known of its group, as the database has it. Steps count from 0.
@@ -53,6 +56,22 @@ def select_rows(db: sqlite3.Connection, condition: str, values: Sequence[int] = 
         f"FROM groups g JOIN rollouts r ON r.group_id = g.id WHERE {condition} ORDER BY g.id, r.place"
     )
     return [Row(*row) for row in db.execute(query, values)]
+
+
+def archived_steps(db: sqlite3.Connection) -> int:
+    """How many steps, from the first one on, are in the archive alone."""
+    [steps] = db.execute("SELECT max(CAST(value AS INTEGER)) FROM facts WHERE name = ?", (ARCHIVED,)).fetchone()
+    return steps or 0
+
+
+def held_steps(db: sqlite3.Connection) -> int:
+    """How many steps, from the first one on and without a gap, are in the ledger or its archive."""
+    held = archived_steps(db)
+    for (step,) in db.execute("SELECT DISTINCT step FROM groups WHERE step >= ? ORDER BY step", (held,)):
+        if step != held:
+            break
+        held += 1
+    return held
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:

@@ -183,7 +183,7 @@ class CollectorProcess:
         self._spawn(watch_pool(servers, spec.servers.vllm_server_timeout))
         segment_url = await self._serve_segments(spec, servers, key)
         search_less_often()
-        self.send(ready(servers, train, held_out, segment_url))
+        self.send(ready(servers, train, held_out, segment_url, ledger.id))
         # Last in, first out: nothing is still at work when what it works with is closed.
         self.closers.push_async_callback(self._end_tasks)
         await self._converse(self.collector, evaluation, pruner, servers)
@@ -286,7 +286,7 @@ def _allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
-def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, segment_url: str) -> Ready:
+def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, segment_url: str, ledger: str) -> Ready:
     """What the collector has found."""
     infos = [server.info for server in servers if server.info is not None]
     return Ready(
@@ -295,6 +295,7 @@ def ready(servers: list[Server], train: PromptSet, held_out: PromptSet | None, s
         prompts=len(train),
         evaluation_prompts=len(held_out) if held_out is not None else 0,
         segment_url=segment_url,
+        ledger=ledger,
     )
 
 

@@ -146,6 +146,7 @@ def ledger_facts(spec: CollectorSpec, prompts: PromptSet) -> dict[str, str]:
     return {
         "seed": str(spec.seed),
         "dataset": prompts.fingerprint(),
+        "dataset_shuffle": str(spec.data.dataset_shuffle).lower(),
         "groups_per_batch": str(spec.groups_per_batch),
         "num_generations": str(spec.sampling.num_generations),
     }

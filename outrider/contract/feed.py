@@ -125,7 +125,7 @@ class EvalResult(EvalFigures, kw_only=True, tag="evaluation"):
 class Ready(msgspec.Struct, kw_only=True, tag="ready"):
     """The collector has found the servers and the data in order. ``segment_url`` serves this host's segments.
 
-    serving_dtype: precision in which weights are to be published.
+    serving_dtype: precision in which weights are to be published. ledger: id of the ledger, for checkpoints to name it.
     """
 
     servers: list[ServerInfo]
@@ -133,6 +133,7 @@ class Ready(msgspec.Struct, kw_only=True, tag="ready"):
     prompts: int
     evaluation_prompts: int
     segment_url: str
+    ledger: str
 
 
 class Reached(msgspec.Struct, kw_only=True, tag="reached"):

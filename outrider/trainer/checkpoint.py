@@ -25,13 +25,14 @@ _SHARD_SIZE = "5GB"
 
 class TrainerState(msgspec.Struct, kw_only=True):
     """What goes on in a resumed run. step: optimizer steps taken; version: batches trained; time: seconds of training
-    before."""
+    before. ledger: id of the one that has these batches; empty in checkpoints of versions that did not keep it."""
 
     step: int
     version: int
     max_steps: int
     time: float
     model_fingerprint: str
+    ledger: str = ""
 
 
 def write_model(
@@ -83,8 +84,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def earliest_resume(output_dir: Path) -> int | None:
     """The batch with which a run would go on from the oldest checkpoint, from 0; None where there is none to tell."""
     for path in list_checkpoints(output_dir)[:1]:
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            return msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState).version
+        with contextlib.suppress(UserError):
+            return read_state(path).version
     return None
 
 
@@ -110,12 +111,22 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
     return path
 
 
-def load_state(path: Path, fingerprint: str) -> TrainerState:
-    """The state of a checkpoint. Raises UserError when it is of another model or cannot be read."""
+def read_state(path: Path) -> TrainerState:
+    """The state of a checkpoint. Raises UserError when it cannot be read."""
     try:
-        state = msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState)
+        return msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState)
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(f"checkpoint {path}: {_STATE} cannot be read: {error}") from error
+
+
+def is_model(path: Path) -> bool:
+    """Whether a checkpoint can be given as --model: the one of a single process, which has all rows of every tensor."""
+    return (path / "model.safetensors").exists()
+
+
+def load_state(path: Path, fingerprint: str) -> TrainerState:
+    """The state of a checkpoint. Raises UserError when it is of another model or cannot be read."""
+    state = read_state(path)
     if state.model_fingerprint != fingerprint:
         raise UserError(
             f"checkpoint {path} is of a model with fingerprint {state.model_fingerprint}, --model has {fingerprint}: "

@@ -142,13 +142,13 @@ class Trainer:
         with self.ranks.together(encode(Load(spec.run_id, None if checkpoint is None else str(checkpoint)))):
             self.parts = load_parts(spec, self.ranks, checkpoint)
         policy, optimizer = self.parts.policy, self.parts.optimizer
-        self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks)
+        # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
+        self.ready = self.link.ready(deadline=24 * 3600.0)
+        self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks, self.ready.ledger)
         self.closers.callback(self.saver.close)
         if state is not None:
             self.step, self.version, self.time_before = state.step, state.version, state.time
             self.saver.saved_step = state.step
-        # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
-        self.ready = self.link.ready(deadline=24 * 3600.0)
         self.max_steps = planned_steps(spec, self.ready.prompts)
         self._open_outputs()
         if state is not None:

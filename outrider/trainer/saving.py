@@ -169,10 +169,12 @@ class Saver:
         tokenizer: PreTrainedTokenizerBase,
         config: RunConfig,
         ranks: Ranks,
+        ledger: str = "",
     ) -> None:
+        """ledger: id of the run's ledger."""
         self.output_dir, self.policy, self.optimizer = output_dir, policy, optimizer
         self.tokenizer, self.config = tokenizer, config
-        self._ranks = ranks
+        self._ranks, self._ledger = ranks, ledger
         self._writer = RowWriter(policy, optimizer, ranks)
         self.saved_step = -1
         self._number = 0
@@ -188,9 +190,13 @@ class Saver:
     def begin_checkpoint(self, step: int, version: int, max_steps: int, seconds: float) -> None:
         """Start to save it. Weights and optimizer must not change until :meth:`wait_for_copy` returns, and the next
         one must not begin before :meth:`settle`."""
-        fingerprint = self.policy.fingerprint
         state = TrainerState(
-            step=step, version=version, max_steps=max_steps, time=seconds, model_fingerprint=fingerprint
+            step=step,
+            version=version,
+            max_steps=max_steps,
+            time=seconds,
+            model_fingerprint=self.policy.fingerprint,
+            ledger=self._ledger,
         )
         begin = self._begin_model if self.config.save_only_model else self._begin_rows
         try:

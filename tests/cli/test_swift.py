@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from outrider.cli import rollout, swift
+from outrider.cli import launch, rollout, swift
 from outrider.cli.rollout import ROLLOUT
 from outrider.cli.swift_flags import ROLLOUT_FLAGS, TRAIN_FLAGS
 from outrider.cli.train_config import TRAIN
@@ -112,7 +112,7 @@ def test_harmless_flags_are_reported_in_a_line_each(started: list[Any], capsys: 
         " --move-model-batches 16 is not used",
         " --padding_free is not used",
     ]
-    assert "nothing to shard" in lines[0]
+    assert lines[0].endswith("FSDP2 shards over all processes, as ZeRO-3 does; --fsdp_cpu_offload true offloads")
 
 
 def test_flags_that_would_give_another_run_are_refused_together(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +203,23 @@ def test_training_everything_is_said_where_it_was_not_asked_for(
     status, (notice,) = run(RLHF.removesuffix(" --train_type full"), capsys)
     assert status == 0
     assert notice.startswith("swift: --train_type is not given: all weights are trained")
+
+
+def test_who_starts_processes_leaves_the_notices_to_the_first_of_them(
+    started: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[list[str]] = []
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(launch, "launch", lambda placement, command: launched.append(command) or 0)
+    line = f"{RLHF} --deepspeed zero3"
+    assert run(line, capsys) == (0, [])
+    assert launched == [["outrider.cli.swift", *line.split()]]
+    assert len(run(f"{line} --dry_run", capsys)[1]) == 1
+    for rank, lines in (("0", 1), ("1", 0)):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        status, said = run(line, capsys)
+        assert (status, len(said)) == (0, lines)
 
 
 @pytest.mark.parametrize("kind", ["--rlhf_type dpo", "--rlhf_type ppo grpo", ""])

@@ -80,7 +80,7 @@ def test_staleness_and_correction(line: str, bound: int, correction: str) -> Non
             ["--rollout_importance_sampling_threshold 3.0", "--rollout_importance_sampling_mode none"],
         ),
         ("--lr_scheduler_type step", ["--lr_scheduler_type is 'step'", "cosine, linear, constant"]),
-        ("--deepspeed zero3", ["--deepspeed is not a flag of outrider train", "nothing to shard"]),
+        ("--deepspeed zero3", ["--deepspeed is not a flag of outrider train", "FSDP2 shards over all processes"]),
     ],
 )
 def test_contradictions_name_both_sides_and_the_remedy(line: str, parts: list[str]) -> None:

@@ -50,10 +50,10 @@ def test_advantages_come_back_with_the_step(tmp_path: Path) -> None:
     set_advantages(written, "group")
     for one in written:
         ledger.finished(one)
-    ledger.trained(4, written).result()
-    backlog = ledger.backlog(4)
+    ledger.trained(0, written).result()
+    backlog = ledger.backlog(0)
     ledger.close()
-    assert backlog.replays == {4: written}
+    assert backlog.replays == {0: written}
     assert backlog.finished == []
 
 
@@ -87,6 +87,11 @@ def test_backlog_of_any_history(
         batch = [groups[number] for number in numbers]
         set_advantages(batch, "none")
         ledger.trained(step, batch)
+    if start > len(steps):
+        with pytest.raises(UserError, match=f"goes on after {start} batches, and its ledger has {len(steps)} of them"):
+            ledger.backlog(start)
+        ledger.close()
+        return
     backlog = ledger.backlog(start)
     ledger.close()
 
@@ -119,6 +124,22 @@ def test_facts_of_another_run_are_refused_with_both_values(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"dataset abc; this one has xyz"):
         open_ledger(tmp_path, resume=True, facts={**FACTS, "dataset": "xyz"})
     open_ledger(tmp_path, resume=True).close()
+
+
+def test_a_fact_that_an_earlier_version_did_not_keep_is_kept_from_now_on(tmp_path: Path) -> None:
+    open_ledger(tmp_path).close()
+    open_ledger(tmp_path, resume=True, facts={**FACTS, "dataset_shuffle": "true"}).close()
+    with pytest.raises(UserError, match=r"run with dataset_shuffle true; this one has false: resume with the same"):
+        open_ledger(tmp_path, resume=True, facts={**FACTS, "dataset_shuffle": "false"})
+
+
+def test_a_ledger_has_an_id_of_its_own(tmp_path: Path) -> None:
+    ids = []
+    for directory, resume in ((tmp_path / "one", False), (tmp_path / "two", False), (tmp_path / "one", True)):
+        ledger = open_ledger(directory, resume)
+        ids.append(ledger.id)
+        ledger.close()
+    assert ids[0] == ids[2] != ids[1]
 
 
 def test_a_new_run_does_not_take_a_used_directory(tmp_path: Path) -> None:

@@ -76,9 +76,18 @@ def test_the_directory_of_a_run_is_for_no_other(synchronous: list[Path], train: 
         ({"max_steps": 4, "seed": 3}, ["holds another run's ledger", "choose another directory", "auto"]),
         ({**again, "seed": 7}, ["run with seed 3; this one has 7", "resume with the same settings"]),
         ({**again, "seed": 3, "dataset": data / "heldout.jsonl"}, ["is of a run with dataset", "rows, hash"]),
+        ({**again, "seed": 3, "dataset_shuffle": "false"}, ["run with dataset_shuffle true; this one has false"]),
     ]:
         assert_one_message(train(run.parent, **changes).wait(), parts)
     assert trained(run) == before
+
+
+def test_a_checkpoint_is_not_resumed_without_its_ledger(synchronous: list[Path], train: Train, tmp_path: Path) -> None:
+    """The run would begin its epoch again."""
+    checkpoint = synchronous[0] / "checkpoint-4"
+    done = train(tmp_path, seed=3, max_steps=5, resume_from_checkpoint=checkpoint).wait()
+    assert_one_message(done, [f"{checkpoint} was trained on 4 batches, of which run/ledger.sqlite records none"])
+    assert not (tmp_path / "run" / "collector.log").exists(), "nothing was started for it"
 
 
 def test_an_asynchronous_run_with_evaluation(train: Train, data: Path, tmp_path: Path) -> None:

@@ -89,13 +89,17 @@ def main(output: str, directory: str, copies: str, peers: str, resumed: str, *mo
     if not ranks.leads:
         follow(ranks, RowWriter(policy, optimizer, ranks), policy.model, run)
     else:
-        saver = Saver(run, policy, optimizer, AutoTokenizer.from_pretrained(models[0]), RunConfig(), ranks)
+        tokenizer = AutoTokenizer.from_pretrained(models[0])
+        saver = Saver(run, policy, optimizer, tokenizer, RunConfig(), ranks)
         try:
             saver.checkpoint(1, 1, 9, 1.5)
         except SaveFailed as error:
             found["failed"] = str(error), [path.name for path in run.iterdir()]
             saver.checkpoint(1, 1, 9, 1.5)
         saver.export()
+        without_moments = Saver(run, policy, optimizer, tokenizer, RunConfig(save_only_model=True), ranks)
+        without_moments.checkpoint(2, 2, 9, 1.5)
+        without_moments.close()
         ranks.end(encode(End(status=0)))
         saver.close()
         torch.save(found, output)

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def start(
     server: Server, directory: Path, *flags: str, nodes: int = 1, node: int = 0, processes: int = 2, steps: int = 6,
-    rate: float = 5e-4, port: int = 0, peers: int = 1,
+    rate: float = 5e-4, port: int = 0, peers: int = 1, command: str = "outrider.cli.main train",
 ) -> "subprocess.Popen[str]":  # fmt: skip
     """A trainer of 128 rollouts a step."""
     if not (directory / "train.jsonl").exists():
@@ -60,7 +60,7 @@ def start(
             "MASTER_PORT": str(port),
         }
     return subprocess.Popen(
-        [sys.executable, "-m", "outrider.cli.main", "train", *words, *flags],
+        [sys.executable, "-m", *command.split(), *words, *flags],
         env={**os.environ, **placement}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -100,6 +100,17 @@ def test_a_run_goes_on_with_another_number_of_processes(server: Server, tmp_path
         assert (summary.finished, summary.steps) == (True, steps)
         assert summary.max_staleness_seen <= 1
     assert (summary.reward_after or 0) >= 0.5
+
+
+def test_the_command_of_ms_swift_starts_several_processes(server: Server, tmp_path: Path) -> None:
+    command = "outrider.cli.swift rlhf --rlhf_type grpo --deepspeed zero3"
+    _, said = start(server, tmp_path, command=command, steps=2).communicate(timeout=DEADLINE)
+    summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
+    assert (summary.finished, summary.steps) == (True, 2)
+    assert [line.split(":")[:2] for line in said.splitlines()] == [
+        ["swift", " --deepspeed zero3 is not used"],
+        ["swift", " --train_type is not given"],
+    ]
 
 
 @pytest.mark.parametrize(

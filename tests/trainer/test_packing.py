@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from outrider.contract.arrays import unpack_floats, unpack_ints
 from outrider.contract.feed import Sample
-from outrider.trainer.packing import collate, form_micro_batches
+from outrider.trainer.packing import collate, form_micro_batches, share_out
 from outrider.trainer.sharing import PADDING, PROMPT, Sharing
 from tests.trainer.build import one_a_row, sample
 
@@ -172,18 +173,66 @@ def test_a_rollout_without_trained_tokens_keeps_its_place() -> None:
     assert np.array_equal(micro.layout.part.numpy(), [[PROMPT, 1], [PROMPT, PADDING]])
 
 
-@pytest.mark.parametrize("max_tokens", [None, 4096, 8192])
-@pytest.mark.parametrize("break_even", [None, 1500.0])
-def test_little_is_padded_of_a_realistic_mix(max_tokens: int | None, break_even: float | None) -> None:
+def realistic_mix() -> list[Sample]:
     """Prompts of 60 to 300 tokens, eight completions each: many of some hundreds of tokens, and a long tail."""
     draw = np.random.default_rng(1)
     samples = []
     for _ in range(32):
         prompt = draw.integers(2, 99, int(draw.integers(60, 300)))
         samples += [sample(prompt, [5] * int(min(draw.lognormal(6.0, 0.7) + 1, 2048))) for _ in range(8)]
+    return samples
+
+
+@pytest.mark.parametrize("max_tokens", [None, 4096, 8192])
+@pytest.mark.parametrize("break_even", [None, 1500.0])
+def test_little_is_padded_of_a_realistic_mix(max_tokens: int | None, break_even: float | None) -> None:
+    samples = realistic_mix()
     sharing = None if break_even is None else Sharing(break_even, None)
     filled = places = 0
     for rows in form_micro_batches(samples, 8, max_tokens, sharing):
         part = collate([[samples[index] for index in row] for row in rows], CPU).layout.part
         filled, places = filled + int((part != PADDING).sum()), places + part.numel()
     assert filled >= 0.9 * places
+
+
+def costs(samples: list[Sample], shared: list[list[list[list[int]] | None]], break_even: float) -> np.ndarray:
+    """What the micro-batches of each rank cost, 0 for none: [ranks, rounds]."""
+    return np.array(
+        [[sum(cost(width(samples, row), break_even) for row in rows or ()) for rows in of_rank] for of_rank in shared]
+    )
+
+
+@given(
+    groups(), st.integers(1, 20), BUDGET, SHARING, st.integers(2, 5), st.sampled_from([1.0, 20.0, 1e9]), st.randoms()
+)
+def test_ranks_have_as_many_micro_batches_and_alike_ones_at_a_time(
+    samples: list[Sample], rows: int, budget: int | None, sharing: Sharing, ranks: int, break_even: float, order: Any
+) -> None:
+    formed = form_micro_batches(samples, rows, budget, sharing)
+    order.shuffle(formed)
+    shared = share_out(formed, samples, ranks, break_even)
+    found = [row for of_rank in shared for rows_of in of_rank if rows_of is not None for row in rows_of]
+    assert sorted(found) == sorted(row for batch in formed for row in batch), "no row is lost, doubled or cut"
+    assert len({len(of_rank) for of_rank in shared}) == 1
+    assert len(shared) == ranks
+    idle = [at for of_rank in shared for at, rows_of in enumerate(of_rank) if rows_of is None]
+    assert set(idle) <= {len(shared[0]) - 1}, "only in the last round"
+    assert len(idle) < ranks
+    if idle:
+        assert all(rows_of is None or len(rows_of) == 1 for of_rank in shared for rows_of in of_rank), "nothing to cut"
+    of = costs(samples, shared, break_even)
+    whole = of[:, :-1] if idle else of
+    assert all(before.max() <= after.min() for before, after in itertools.pairwise(whole.T))
+    for number, together in enumerate(whole.T):
+        assert list(together) == sorted(together, reverse=number % 2 == 1), "nobody has the cheapest of every round"
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_have_alike_work_of_a_realistic_mix(ranks: int) -> None:
+    """In tokens it would not be alike: attention makes the long rollouts dearer than their number says."""
+    samples, break_even = realistic_mix(), 1500.0
+    formed = form_micro_batches(samples, 8, None, Sharing(break_even, None))
+    of = costs(samples, share_out(formed, samples, ranks, break_even), break_even)
+    assert of.sum(axis=1).max() <= 1.1 * of.sum(axis=1).min()
+    # In each round the ranks wait for the slowest of them.
+    assert ranks * of.max(axis=0).sum() <= 1.12 * of.sum()

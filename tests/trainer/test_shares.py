@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from outrider.trainer.config import OptimizerConfig
 from outrider.trainer.optimizer import make_optimizer
@@ -113,10 +113,15 @@ def test_one_process_reads_what_several_wrote(
 
 
 @pytest.mark.parametrize("ranks", ["two", "pairs"])
-def test_what_several_export_is_a_hugging_face_directory(ranks: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("name", ["final", "checkpoint-2"], ids=["the export", "with --save_only_model"])
+def test_what_several_write_without_moments_is_a_hugging_face_directory(
+    name: str, ranks: str, request: pytest.FixtureRequest
+) -> None:
     directory, found = request.getfixturevalue(ranks)
-    loaded = AutoModelForCausalLM.from_pretrained(directory / "final", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32)
     assert_equal(dict(loaded.named_parameters()), found["weights"])
+    assert AutoTokenizer.from_pretrained(directory / name).vocab_size > 0
+    assert not (directory / name / "optimizer").exists()
 
 
 def test_a_rank_that_cannot_write_costs_the_checkpoint_and_nothing_else(two: tuple[Path, Any]) -> None:
@@ -124,7 +129,7 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_and_nothing_else(two: tup
     message, left = found["failed"]
     assert message.startswith(f"{directory / 'checkpoint-1'}: rank 1: "), message
     assert left == []
-    assert sorted(path.name for path in directory.iterdir()) == ["checkpoint-1", "final"]
+    assert sorted(path.name for path in directory.iterdir()) == ["checkpoint-1", "checkpoint-2", "final"]
 
 
 def test_a_directory_that_is_not_shared_is_named(two: tuple[Path, Any]) -> None:
