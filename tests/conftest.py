@@ -4,10 +4,23 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from outrider.contract.garbage import search_less_often
+
+# An example that another process keeps from the core is none that fails.
+settings.register_profile("outrider", deadline=None)
+settings.load_profile("outrider")
 
 # Small models: threads would only fight each other on the few cores of a test machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Servers and trainers go on while this process looks for cycles in all that has been imported: a quarter of a
+    second, in which tests miss what they wait for."""
+    search_less_often()
 
 
 @pytest.fixture(scope="session", autouse=True)

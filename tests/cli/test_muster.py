@@ -77,7 +77,9 @@ def test_a_node_that_does_not_come() -> None:
     port = free_port()
     for number, said in enumerate(met(node(0, port, nodes=4), node(1, port, nodes=4), deadline=2.0)):
         assert f"node {number} of 4 (" in str(said)
-        assert "for nodes 2, 3: it did not come within 2 s" in str(said) or "it closed the connection" in str(said)
+        # A node that tries for the first time when node 0 has given up finds nobody.
+        reasons = "for nodes 2, 3: it did not come within 2 s", "it closed the connection", "Connection refused"
+        assert any(reason in str(said) for reason in reasons)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ async def test_a_long_rollout_is_waited_for(stub: Stub, monkeypatch: pytest.Monk
 
 async def test_answers_are_proof_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that answers this run's requests is not probed; one that does not is."""
-    monkeypatch.setattr(keeper_module, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(keeper_module, "HEARTBEAT", 1.0)
     async with serving(Stub()) as working, serving(Stub()) as quiet, rig([working.url, quiet.url], "run") as made:
         made.announce(manifest(0))
         await made.ready(0)

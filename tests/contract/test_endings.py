@@ -36,7 +36,7 @@ async def test_sigterm_lets_running_requests_end(start_endless: Callable[..., Se
     """And takes no new ones meanwhile; then the server ends in order."""
     server = start_endless("--drain_timeout", "60")
     async with Client(server.url, KEY) as client:
-        running = [asyncio.create_task(client.choices(prompt=[5, 6 + i], max_tokens=700, n=2)) for i in range(4)]
+        running = [asyncio.create_task(client.choices(prompt=[5, 6 + i], max_tokens=950, n=2)) for i in range(4)]
         await client.until_running(8)
         server.terminate()
         async with asyncio.timeout(PATIENCE):
@@ -47,7 +47,7 @@ async def test_sigterm_lets_running_requests_end(start_endless: Callable[..., Se
         assert "draining" in error.message
         for choices in await asyncio.gather(*running):
             assert [choice.finish_reason for choice in choices] == ["length"] * 2
-            assert [len(choice.token_ids or []) for choice in choices] == [700] * 2
+            assert [len(choice.token_ids or []) for choice in choices] == [950] * 2
     assert await asyncio.to_thread(server.wait) == 0
     assert "Traceback" not in server.output.read_text()
 

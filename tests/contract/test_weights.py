@@ -42,7 +42,7 @@ async def test_a_version_is_staged_and_committed_under_running_requests(
     client = weights_client
     before = (await client.get(routes.STATUS, WeightStatus)).version
     running = [
-        asyncio.create_task(client.choices(prompt=[5, 6 + i], n=2, max_tokens=600, temperature=1.0)) for i in range(6)
+        asyncio.create_task(client.choices(prompt=[5, 6 + i], n=2, max_tokens=900, temperature=1.0)) for i in range(6)
     ]
     await client.until_running(12)
     manifest = publisher.publish(41).result()
@@ -58,7 +58,7 @@ async def test_a_version_is_staged_and_committed_under_running_requests(
     for choices in await asyncio.gather(*running):
         for choice in choices:
             assert choice.finish_reason == "length"
-            assert version_spans_total(choice.weight_versions or []) == len(choice.token_ids or []) == 600
+            assert version_spans_total(choice.weight_versions or []) == len(choice.token_ids or []) == 900
             assert [version for version, _ in choice.weight_versions or []] == [before, 41]
 
 

@@ -55,11 +55,11 @@ async def test_the_weights_are_those_of_the_shared_memory(weights_client: Client
 
 
 async def test_generation_goes_on_meanwhile(weights_client: Client, endless_model: EndlessModel) -> None:
-    running = asyncio.create_task(weights_client.choices(prompt=PROMPT, n=4, max_tokens=400))
+    running = asyncio.create_task(weights_client.choices(prompt=PROMPT, n=4, max_tokens=700))
     await weights_client.until_running(4)
     async with published(weights_client, endless_model(1), version=5) as manifest:
         await use(weights_client, manifest)
-    assert all(len(choice.token_ids or []) == 400 for choice in await running)
+    assert all(len(choice.token_ids or []) == 700 for choice in await running)
 
 
 async def test_a_key_that_the_trainers_node_does_not_know(weights_client: Client, endless_model: EndlessModel) -> None:

@@ -1,6 +1,7 @@
 """The embedded engine with its replicas as the processes they are: balance, weights on all of them, deaths."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -193,9 +194,9 @@ async def test_wait_lets_what_runs_end_first(engine: TorchEngine, changed: torch
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_dead_replicas_requests_are_issued_again(engine: TorchEngine, stream: bool) -> None:
-    expected = [await complete(engine, [5, 6 + i], n=2, max_tokens=400, seed=i) for i in range(8)]
+    expected = [await complete(engine, [5, 6 + i], n=2, max_tokens=900, seed=i) for i in range(8)]
     tasks = [
-        asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=400, seed=i, stream=stream)) for i in range(8)
+        asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=900, seed=i, stream=stream)) for i in range(8)
     ]
     await asyncio.sleep(0.15)
     restarts = engine.load().restarts
@@ -245,7 +246,8 @@ async def test_replicas_that_die_again_and_again_end_the_engine(endless_model: P
             while not engine.failure():
                 process = engine.fleet.replicas[0].process
                 if process is not None and process.pid is not None:
-                    os.kill(process.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has been reaped since
+                        os.kill(process.pid, signal.SIGKILL)
                 await asyncio.sleep(0.3)
         with pytest.raises(Unavailable, match="died"):
             await task

@@ -116,6 +116,7 @@ class Replica:
             started = time.monotonic()
             self.socket.poll(int(1000 * (_STAGE_POLL if self._staging else 1.0)))
             self._idle_seconds += time.monotonic() - started
+            self._reported = 0.0  # that it works again is told at once as well
         while self.socket.poll(0):
             message = self._decode(self.socket.recv())
             match message:

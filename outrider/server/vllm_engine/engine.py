@@ -359,6 +359,8 @@ class VllmEngine:
             self._settle(choice, progress.get(choice.request_id, 0), version, inflight, steps)
         anew = [choice.request_id for choice in self._admitted if choice.restart is not None]
         if anew:
+            if inflight != "recompute":
+                log.info("version %d: %d sequences that no engine ran when it came are begun anew", version, len(anew))
             await self._client.abort(anew)
 
     def _settle(self, choice: Choice, sampled: int, version: int, inflight: Inflight, steps: float) -> None:
