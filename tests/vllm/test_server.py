@@ -62,6 +62,19 @@ def test_a_failed_start_says_why(tmp_path: Path, endless: Callable[[int], Path])
     assert "cache" in last.lower()
 
 
+def test_workers_that_nobody_waits_for_are_no_start(endless: Callable[[int], Path]) -> None:
+    """By a name that vLLM completes to ``--pipeline-parallel-size``: nothing is known of it before workers report."""
+    arguments = command(endless(0), "--engine", "vllm", "--port", "0", "--kv_cache_gib", "0.25")
+    arguments += ["--engine_kwargs", '{"pipeline_parallel": 2}']
+    ended = subprocess.run(
+        arguments, env=environment(KEY), capture_output=True, text=True, timeout=READY_DEADLINE, check=False
+    )
+    assert ended.returncode == 2
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "did not start: vLLM runs 1 engine(s) of 2 worker(s)" in last
+    assert "--engine_kwargs" in last
+
+
 def test_a_killed_launcher_leaves_nothing(start_endless: StartEndless) -> None:
     """No process, and no file."""
     before = set(segment_directory().glob("outrider-vllm-*"))

@@ -5,6 +5,8 @@ Everything here is found by looking, not by comparing version numbers.
 
 from typing import Any
 
+from outrider.contract.errors import UserError
+
 #: Versions of vLLM that this was tried with.
 TRIED = ("0.24.0", "0.32.0")
 
@@ -30,6 +32,22 @@ def engine_index(worker: Any) -> int:
     parallel = worker.vllm_config.parallel_config
     index = getattr(parallel, "data_parallel_index", None)
     return int(parallel.data_parallel_rank if index is None else index)
+
+
+def engines_and_ranks(config: Any) -> tuple[int, int]:
+    """How many data-parallel engines a configuration is for, and how many workers each has. Seen from an engine of a
+    dense model, there is one."""
+    parallel = config.parallel_config
+    return parallel.data_parallel_size, parallel.world_size
+
+
+def check_steps(config: Any) -> None:
+    """Raises UserError where a step may sample several tokens of a request: no worker can say how many it was."""
+    for name in ("speculative_config", "diffusion_config"):
+        if getattr(config, name, None) is not None:
+            raise UserError(
+                f"vLLM's {name} is set: with several tokens a step it cannot be said which weights sampled one"
+            )
 
 
 def sampled_tokens(model_runner: Any) -> dict[str, int]:

@@ -22,10 +22,17 @@ from outrider.contract.manifest import Manifest
 from outrider.contract.sampling import SamplingParams
 from outrider.server.engine import Conflict, EngineLoad, InvalidRequest, Unavailable
 from outrider.server.limits import MAX_STOP_TOKENS, check_request
-from outrider.server.vllm_engine.differences import external_id
+from outrider.server.vllm_engine.differences import engines_and_ranks, external_id
 from outrider.server.vllm_engine.generation import Choice, VllmGeneration
 from outrider.server.vllm_engine.hot import LIMIT
-from outrider.server.vllm_engine.messages import CommitReport, PrepareOrder, Report, StageReport, all_reports
+from outrider.server.vllm_engine.messages import (
+    CommitReport,
+    PrepareOrder,
+    PrepareReport,
+    Report,
+    StageReport,
+    all_reports,
+)
 from outrider.server.vllm_engine.sampling import tokens_of, vllm_params
 from outrider.server.vllm_engine.settings import VllmSettings
 from outrider.server.vllm_engine.stats import VllmCounters
@@ -94,12 +101,25 @@ class VllmEngine:
         order = PrepareOrder(number, host, self._info.torch_dtype, self._weights.shapes)  # type: ignore[arg-type]
         written = msgspec.json.encode(order).decode()
         await self._call("outrider_prepare", PREPARE_DEADLINE, str(self._directory), written)
-        for report in await self._reports("prepare", number, PREPARE_DEADLINE, Report):
+        reports = await self._reports("prepare", number, PREPARE_DEADLINE, PrepareReport)
+        for report in reports:
             if report.error is not None:
-                raise UserError(
-                    f"--model {self._info.model}: no room for new weights beside those in use: {report.error}"
-                )
+                raise UserError(f"--model {self._info.model}: it cannot take weights while it runs: {report.error}")
+        self._check_workers(reports)
         await self._warm_up()
+
+    def _check_workers(self, reports: list[PrepareReport]) -> None:
+        """Raises UserError where there are other workers than those whose reports are waited for: a version would
+        count as staged, or committed, that some do not have."""
+        engines, workers = self._settings.engines, self._settings.workers
+        found, _ = engines_and_ranks(self._client.vllm_config)
+        for report in reports:
+            if (found, report.ranks) != (engines, workers // engines):
+                raise UserError(
+                    f"vLLM runs {found} engine(s) of {report.ranks} worker(s), --data_parallel_size and "
+                    f"--tensor_parallel_size are for {engines} of {workers // engines}: take what makes others out of "
+                    "--engine_kwargs"
+                )
 
     async def _warm_up(self) -> None:
         """A request to every engine: what it cannot do it says now, and nobody waits for what is made on first use."""

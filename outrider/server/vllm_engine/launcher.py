@@ -33,6 +33,7 @@ from outrider.server.ready import ready_message
 from outrider.server.vllm_engine import guard
 from outrider.server.vllm_engine.command import VllmCommand, check_installed, engines_per_device, vllm_command
 from outrider.server.vllm_engine.router import Backend, Router
+from outrider.server.vllm_engine.settings import CANNOT_START
 from outrider.weights.segments import segment_directory
 
 log = logging.getLogger(__name__)
@@ -245,7 +246,11 @@ class _Launch:
 
 
 def root_cause(lines: Sequence[str]) -> str:
-    """The first exception of a log that says something: what follows it are processes that fail because of it."""
+    """The reason that the middleware gives; else the first exception of a log that says something: what follows it are
+    processes that fail because of it."""
+    for line in lines:
+        if CANNOT_START in line:
+            return line.partition(CANNOT_START)[2]
     bare = [_PREFIX.sub("", line).strip() for line in lines]
     causes = [line for line in bare if _EXCEPTION.match(line)]
     # Whoever waits for a process that failed says so, too.

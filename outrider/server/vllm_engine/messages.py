@@ -63,6 +63,12 @@ class Report(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
 
 
+class PrepareReport(Report, kw_only=True):
+    """ranks: how many workers its engine has, by its own account."""
+
+    ranks: int = 0
+
+
 class StageReport(Report, kw_only=True):
     """known_copies: whether it has done without vLLM's own loading, by the copies that this comes to."""
 

@@ -13,10 +13,11 @@ import msgspec
 import torch
 
 from outrider.contract.garbage import search_less_often
-from outrider.server.vllm_engine.differences import engine_index, sampled_tokens
+from outrider.server.vllm_engine.differences import check_steps, engine_index, engines_and_ranks, sampled_tokens
 from outrider.server.vllm_engine.messages import (
     CommitReport,
     PrepareOrder,
+    PrepareReport,
     Report,
     StageOrder,
     StageReport,
@@ -61,11 +62,15 @@ class _Member:
         return engine_index(self.worker), self.worker.rank
 
     def prepare(self, order: PrepareOrder) -> None:
+        engine, rank = self.who
+        report = PrepareReport(number=order.number, engine=engine, rank=rank)
+
         def make() -> None:
+            _, report.ranks = engines_and_ranks(self.worker.vllm_config)
+            check_steps(self.worker.vllm_config)
             self.shadow = Shadow(self.worker, order.host, getattr(torch, order.dtype), order.shapes)
 
-        engine, rank = self.who
-        self.report("prepare", Report(number=order.number, engine=engine, rank=rank), make)
+        self.report("prepare", report, make)
 
     def stage(self, order: StageOrder) -> None:
         self.staged, self._latest = None, order.number
