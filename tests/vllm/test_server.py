@@ -77,6 +77,20 @@ def test_workers_that_nobody_waits_for_are_no_start(endless: Callable[[int], Pat
     assert "--engine_kwargs" in last
 
 
+def test_workers_that_know_requests_by_other_names_are_no_start(
+    endless: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every difference that would else be found in the middle of a run, by the first commit."""
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    arguments = command(endless(0), "--engine", "vllm", "--port", "0", "--kv_cache_gib", "0.25")
+    ended = subprocess.run(
+        arguments, env=environment(KEY), capture_output=True, text=True, timeout=READY_DEADLINE, check=False
+    )
+    assert ended.returncode == 2
+    last = ended.stderr.strip().splitlines()[-1]
+    assert re.search(r"did not start: vLLM \S+ cannot be used: .*'outrider-warm.*0\.24\.0 to 0\.32\.0", last), last
+
+
 def test_a_killed_launcher_leaves_nothing(start_endless: StartEndless) -> None:
     """No process, and no file."""
     before = set(segment_directory().glob("outrider-vllm-*"))

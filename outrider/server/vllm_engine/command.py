@@ -58,7 +58,7 @@ def check_installed() -> str | None:
         raise UserError(f"--engine vllm: vLLM is not installed: {INSTALL}")
     if found == "unknown" or is_tried(found):
         return None
-    return f"vLLM {found} has not been tried; {tried_range()} have. It goes on as long as all that it needs is there"
+    return f"vLLM {found} has not been tried, {tried_range()} have: a start with it fails where it lacks what is needed"
 
 
 def engines_per_device(config: RolloutConfig, gpus: list[int]) -> int:

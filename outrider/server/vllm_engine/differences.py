@@ -1,8 +1,11 @@
 """Where the versions of vLLM that are supported differ, and where their parts that are no interface are touched.
 
-Everything here is found by looking, not by comparing version numbers.
+Everything here is found by looking, not by comparing version numbers. What is needed and not there is found at the
+start: the engines are prepared and warmed up within :func:`needed`, and asked for their progress as at a commit.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from outrider.contract.errors import UserError
@@ -24,6 +27,26 @@ def is_tried(version: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdecimal())
+
+
+class VllmVersionError(UserError):
+    """The installed vLLM lacks what a server of this project needs."""
+
+    def __init__(self, lacking: object) -> None:
+        import vllm
+
+        super().__init__(
+            f"vLLM {vllm.__version__} cannot be used: {lacking}; {tried_range()} have been tried, install one of these"
+        )
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """Raises VllmVersionError where what is done within it finds vLLM to be another one than it was written for."""
+    try:
+        yield
+    except (AttributeError, ImportError, TypeError) as error:
+        raise VllmVersionError(f"{type(error).__name__}: {error}") from error
 
 
 def engine_index(worker: Any) -> int:

@@ -71,7 +71,7 @@ def serve_vllm(config: RolloutConfig, listener: socket.socket, key: str) -> int:
         for (at, where), directory in zip(places, directories, strict=True):
             command = vllm_command(config, at, where, key, directory, gpus, count)
             children.append(_Child(config, command, at, where, key, directory))
-        launch = _Launch(config, children)
+        launch = _Launch(config, children, warning)
         if count == 1:
             return launch.run(host, port)
         return launch.run_behind(Router([Backend(where) for _, where in places], key), listener)
@@ -175,8 +175,9 @@ class _Child:
 class _Launch:
     """All children together, until they are told to stop or one of them ends."""
 
-    def __init__(self, config: RolloutConfig, children: list[_Child]) -> None:
-        self.config, self.children = config, children
+    def __init__(self, config: RolloutConfig, children: list[_Child], warning: str | None) -> None:
+        """warning: about this vLLM, for a start that fails: it may be the reason."""
+        self.config, self.children, self.warning = config, children, warning
         self.stopping = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
@@ -232,7 +233,8 @@ class _Launch:
                 child.wait()
                 if self.stopping:
                     return None
-                raise UserError(f"--engine vllm: its server did not start: {root_cause(child.lines)}")
+                suspicion = f" ({self.warning})" if self.warning else ""
+                raise UserError(f"--engine vllm: its server did not start: {root_cause(child.lines)}{suspicion}")
         return info
 
     def _wait(self) -> int:
