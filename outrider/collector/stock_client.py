@@ -316,6 +316,8 @@ class StockClient(ServerClient):
 
     def _packed_at_init(self) -> bool:
         found = re.match(r"(\d+)\.(\d+)\.", self._known.engine_version if self._known else "")
+        # By its number, which is all that a server says of it: its OpenAPI page describes both fields as objects with
+        # anything in them. Only workers look into them, and to have these fail would be an error in somebody's server.
         version = (int(found[1]), int(found[2])) if found else (0, 0)
         # A version that says nothing is that of a build of one's own: the newest is the likeliest.
         return version >= _PACKED_AT_INIT or version < _OLDEST

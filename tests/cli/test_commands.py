@@ -1,10 +1,12 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import msgspec
 import pytest
+import torch
 
 from outrider.cli import main as outrider
 from outrider.cli import rollout
@@ -12,6 +14,7 @@ from outrider.cli.rollout import parse_rollout
 from outrider.collector.config import CollectorSpec
 from outrider.contract.errors import UserError
 from outrider.server.config import RolloutConfig
+from outrider.server.vllm_engine import command, launcher
 from outrider.trainer.spec import TrainerSpec
 
 TRAIN = ["train", "--model", "m", "--dataset", "d.jsonl", "--reward_funcs", "accuracy"]
@@ -143,6 +146,22 @@ def test_the_engine_that_is_meant(
 ) -> None:
     monkeypatch.setattr(rollout, "vllm_version", lambda: installed)
     assert parse_rollout(["--model", "m", *flags.split()]).engine == engine
+
+
+def test_auto_is_vllm_where_it_is_installed_and_a_gpu_is_visible(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo_model: Path
+) -> None:
+    """The command that would be run, too: two servers, for a small model."""
+    monkeypatch.setattr(rollout, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(command, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: [80 * 2**30])
+    assert outrider.main(["rollout", "--model", str(demo_model), "--engine", "auto", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert ["engine", "vllm"] in [line.split() for line in out.splitlines()]
+    assert "2 servers like this one" in out
+    assert "vllm.entrypoints.openai.api_server" in out
+    assert "--gpu-memory-utilization" in out
 
 
 @pytest.mark.parametrize(

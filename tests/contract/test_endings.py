@@ -58,7 +58,10 @@ async def test_with_no_time_to_drain_partial_completions_come_back(start_endless
     Before, ``/outrider/drain`` announces the end: new requests go elsewhere, running ones are not touched."""
     server = start_endless("--drain_timeout", "0", "--max_num_seqs", "64")
     async with Client(server.url, KEY) as client:
-        runs = asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=63))
+        # Two requests, so that two servers behind one port have one each: with half of the places each.
+        runs = [asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=31))]
+        await client.until_running(31)
+        runs.append(asyncio.create_task(client.choices(prompt=[5, 6], max_tokens=LONG, n=32)))
         await client.until_running(63)
         stream = client.events(routes.COMPLETIONS, prompt=[5, 8], max_tokens=LONG)
         events = [await anext(stream) for _ in range(8)]  # by now the others have as many tokens, too
@@ -73,7 +76,8 @@ async def test_with_no_time_to_drain_partial_completions_come_back(start_endless
         assert (await client.refusal(_BODY))[0] == 503
         assert (await client.ask("GET", routes.HEALTH))[0] == 200
         server.terminate()
-        partial, untouched = await asyncio.gather(runs, waits)
+        first, second, untouched = await asyncio.gather(*runs, waits)
+        partial = first + second
         events += [event async for event in stream]
     assert await asyncio.to_thread(server.wait) == 0
     assert all(4 <= len(choice.token_ids or []) < LONG for choice in partial)

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from outrider.server.vllm_engine.command import (
     engines_per_device,
     vllm_command,
 )
-from outrider.server.vllm_engine.differences import external_id, is_tried
+from outrider.server.vllm_engine.differences import check_steps, external_id, is_tried
 from outrider.server.vllm_engine.launcher import describe_command, root_cause
 from outrider.server.vllm_engine.settings import VARIABLE, settings_from_environment
 
@@ -117,6 +118,14 @@ def test_a_dry_run_shows_what_can_be_pasted_but_the_key(demo_model: Path) -> Non
         ([H200], {"engine_kwargs": "[1]"}, "JSON object"),
         ([H200], {"engine_kwargs": '{"middleware": "x"}'}, "middleware cannot be set there"),
         ([H200], {"engine_kwargs": '{"tensor_parallel_size": 2}'}, "give --tensor_parallel_size itself"),
+        ([H200] * 2, {"engine_kwargs": '{"pipeline_parallel_size": 2}'}, "every worker has to take new weights"),
+        ([H200] * 2, {"engine_kwargs": '{"prefill-context-parallel-size": 2}'}, "every worker has to take new weights"),
+        ([H200] * 2, {"engine_kwargs": '{"decode_context_parallel_size": 2}'}, "every worker has to take new weights"),
+        ([H200], {"engine_kwargs": '{"data_parallel_size_local": 1}'}, "every worker has to take new weights"),
+        ([H200], {"engine_kwargs": '{"speculative_config": {"method": "ngram"}}'}, "which weights sampled"),
+        ([H200], {"engine_kwargs": '{"speculative-config.method": "ngram"}'}, "which weights sampled"),
+        ([H200], {"engine_kwargs": '{"spec_tokens": 2}'}, "which weights sampled"),
+        ([H200], {"engine_kwargs": '{"logits_processors": ["a:B"]}'}, "model's own distribution"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -141,6 +150,13 @@ def test_vllm_missing_or_of_another_version(monkeypatch: pytest.MonkeyPatch) -> 
     assert check_installed() is None
 
 
+@pytest.mark.parametrize("name", ["speculative_config", "diffusion_config"])
+def test_several_tokens_a_step_are_refused(name: str) -> None:
+    check_steps(SimpleNamespace(speculative_config=None))
+    with pytest.raises(UserError, match=name):
+        check_steps(SimpleNamespace(**{name: object()}))
+
+
 def test_versions_and_ids() -> None:
     assert [is_tried(version) for version in ("0.23.9", "0.24.0", "0.32.0", "0.32.5", "0.33.0", "1.0")] == [
         False, True, True, True, False, False,
@@ -158,3 +174,10 @@ def test_the_root_cause_is_the_first_exception_that_says_something() -> None:
     assert root_cause(log.splitlines()) == "ValueError: No available memory for the cache blocks."
     assert root_cause(["INFO one", "last words"]) == "last words"
     assert root_cause([]) == "it said nothing"
+    refused = [
+        "INFO one",
+        "ERROR:    it cannot start: no room",
+        "ERROR:    Application startup failed. Exiting.",
+        "SystemExit: 3",
+    ]
+    assert root_cause(refused) == "no room"

@@ -4,25 +4,12 @@ sides of it, is then tried on a CPU."""
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 #: Names a file; while it exists, broadcasts raise on the side of the sender, or stand still on that of the workers.
 SENDER_FAILS, WORKERS_STALL = "OUTRIDER_TEST_SENDER_FAILS", "OUTRIDER_TEST_WORKERS_STALL"
-
-
-def install(directory: Path) -> dict[str, str]:
-    """Make an installed distribution of this file in ``directory``; returns the environment that vLLM finds it by."""
-    information = directory / "tcp_broadcast-1.0.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: tcp-broadcast\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\ntcp_broadcast = tests.vllm.tcp_broadcast:register\n"
-    )
-    paths = [str(directory), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Group:

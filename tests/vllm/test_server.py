@@ -5,32 +5,31 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
+import aiohttp
 import pytest
 
 from outrider.contract import routes
-from outrider.contract.control import ServerInfo, WeightStatus
 from outrider.weights.segments import segment_directory
-from tests.contract.client import Client
-from tests.contract.publishing import publishing
+from tests.contract.client import PATIENCE, Client
 from tests.contract.servers import END_DEADLINE, READY_DEADLINE, Server, command, environment
 from tests.server.test_orphans import children
+from tests.vllm import plugins, websocket_route
 from tests.vllm.conftest import KEY, StartEndless
 
 pytestmark = pytest.mark.real_vllm
 
 
 async def test_every_route_of_vllms_server_needs_the_key(
-    start_endless: StartEndless, monkeypatch: pytest.MonkeyPatch
+    start_endless: StartEndless, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its control routes included: all that it lists, without a key and with a wrong one."""
+    """Its control routes included: all that it lists, and a websocket, without a key and with a wrong one."""
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    for name, value in plugins.install(tmp_path / "plugin", "websocket_route").items():
+        monkeypatch.setenv(name, value)
     server = start_endless()
     listed = re.findall(r"Route: (/\S*), Methods: ([A-Z, ]+)$", server.output.read_text(), re.M)
     paths = {path for path, _ in listed}
@@ -43,11 +42,14 @@ async def test_every_route_of_vllms_server_needs_the_key(
                 for verb in methods.split(", "):
                     status, _ = await stranger.ask(verb, re.sub(r"\{\w+\}", "x", path), b"{}")
                     assert status == 401, (verb, path)
-            async with stranger.session.get("/v1/realtime", headers={"Upgrade": "websocket"}) as answer:
-                assert answer.status == 401
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await stranger.session.ws_connect(websocket_route.PATH)
+            assert refused.value.status == 403
     async with Client(server.url, KEY) as client:
         assert (await client.ask("GET", "/version"))[0] == 200
         assert (await client.ask("GET", "/is_paused"))[0] == 200
+        async with client.session.ws_connect(websocket_route.PATH) as socket:
+            assert await socket.receive_str(timeout=PATIENCE) == websocket_route.GREETING
 
 
 def test_a_failed_start_says_why(tmp_path: Path, endless: Callable[[int], Path]) -> None:
@@ -60,6 +62,33 @@ def test_a_failed_start_says_why(tmp_path: Path, endless: Callable[[int], Path])
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("outrider: --engine vllm: its server did not start: ValueError: ")
     assert "cache" in last.lower()
+
+
+def test_workers_that_nobody_waits_for_are_no_start(endless: Callable[[int], Path]) -> None:
+    """By a name that vLLM completes to ``--pipeline-parallel-size``: nothing is known of it before workers report."""
+    arguments = command(endless(0), "--engine", "vllm", "--port", "0", "--kv_cache_gib", "0.25")
+    arguments += ["--engine_kwargs", '{"pipeline_parallel": 2}']
+    ended = subprocess.run(
+        arguments, env=environment(KEY), capture_output=True, text=True, timeout=READY_DEADLINE, check=False
+    )
+    assert ended.returncode == 2
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "did not start: vLLM runs 1 engine(s) of 2 worker(s)" in last
+    assert "--engine_kwargs" in last
+
+
+def test_workers_that_know_requests_by_other_names_are_no_start(
+    endless: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every difference that would else be found in the middle of a run, by the first commit."""
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    arguments = command(endless(0), "--engine", "vllm", "--port", "0", "--kv_cache_gib", "0.25")
+    ended = subprocess.run(
+        arguments, env=environment(KEY), capture_output=True, text=True, timeout=READY_DEADLINE, check=False
+    )
+    assert ended.returncode == 2
+    last = ended.stderr.strip().splitlines()[-1]
+    assert re.search(r"did not start: vLLM \S+ cannot be used: .*'outrider-warm.*0\.24\.0 to 0\.32\.0", last), last
 
 
 def test_a_killed_launcher_leaves_nothing(start_endless: StartEndless) -> None:
@@ -107,50 +136,3 @@ def workers_of(server: Server) -> list[int]:
     """vLLM's worker processes."""
     found = children(server.process.pid)
     return [pid for pid in found if "VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
-#: A trainer that publishes a version, says so, and waits to be killed.
-PUBLISHER = """
-import sys, time
-import msgspec
-from pathlib import Path
-from outrider.contract.control import ServerInfo, StageRequest
-from tests.contract.publishing import publishing
-info = msgspec.json.decode(sys.argv[2], type=ServerInfo)
-with publishing(Path(sys.argv[1]), info, sys.argv[3]) as publisher:
-    print(msgspec.json.encode(StageRequest(manifest=publisher.publish(7).result())).decode(), flush=True)
-    time.sleep(600)
-"""
-
-
-async def test_a_trainer_killed_in_the_middle_of_a_stage(
-    start_endless: StartEndless, endless: Callable[[int], Path]
-) -> None:
-    """The old weights go on; a new trainer attaches to the same server, which was not restarted."""
-    server = start_endless()
-    async with Client(server.url, KEY) as client:
-        info = await client.get(routes.INFO, ServerInfo)
-        before = await client.greedy([5, 6], 32)
-        arguments = [
-            sys.executable,
-            "-c",
-            PUBLISHER,
-            str(endless(1)),
-            msgspec.json.encode(info).decode(),
-            uuid.uuid4().hex[:12],
-        ]
-        trainer = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE, limit=2**20)
-        assert trainer.stdout is not None
-        order = await trainer.stdout.readline()
-        staging = asyncio.create_task(client.ask("POST", routes.STAGE, order))
-        trainer.kill()
-        await trainer.wait()
-        await staging  # it may have been quick enough
-        assert await client.greedy([5, 6], 32) == before
-        with publishing(endless(1), info, uuid.uuid4().hex[:12]) as publisher:
-            manifest = await asyncio.wrap_future(publisher.publish(1))
-            await client.stage(manifest)
-            await client.commit(manifest)
-        status = await client.get(routes.STATUS, WeightStatus)
-        assert (status.version, status.run_id, status.state) == (1, manifest.run_id, "idle")
-        assert await client.greedy([5, 6], 32) != before

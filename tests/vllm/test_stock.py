@@ -40,7 +40,7 @@ from tests.contract.publishing import publishing
 from tests.server.cores import Choice, reference
 from tests.server.models import DEMO_MODEL
 from tests.server.test_inflight import replay
-from tests.vllm import tcp_broadcast
+from tests.vllm import plugins, tcp_broadcast
 from tests.vllm.conftest import KEY
 
 pytestmark = pytest.mark.real_vllm
@@ -103,7 +103,7 @@ def serving(model: Path, directory: Path, *flags: str, **environment: str) -> It
 @contextmanager
 def takes_weights(model: Path, directory: Path) -> Iterator[Stock]:
     """One that weights can be sent to."""
-    variables = tcp_broadcast.install(directory / "plugin")
+    variables = plugins.install(directory / "plugin", "tcp_broadcast")
     variables[tcp_broadcast.SENDER_FAILS] = str(directory / "sender_fails")
     variables[tcp_broadcast.WORKERS_STALL] = str(directory / "workers_stall")
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +13,7 @@ from outrider.contract.errors import UserError
 from outrider.contract.keys import KEY_VARIABLE
 from outrider.server.config import RolloutConfig
 from outrider.server.vllm_engine.differences import is_tried, tried_range
+from outrider.server.vllm_engine.further_arguments import further_arguments
 from outrider.server.vllm_engine.settings import VllmSettings
 
 #: Wheels that bring the package ``vllm``.
@@ -58,7 +58,7 @@ def check_installed() -> str | None:
         raise UserError(f"--engine vllm: vLLM is not installed: {INSTALL}")
     if found == "unknown" or is_tried(found):
         return None
-    return f"vLLM {found} has not been tried; {tried_range()} have. It goes on as long as all that it needs is there"
+    return f"vLLM {found} has not been tried, {tried_range()} have: a start with it fails where it lacks what is needed"
 
 
 def engines_per_device(config: RolloutConfig, gpus: list[int]) -> int:
@@ -120,7 +120,7 @@ def vllm_command(
     else:
         options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30 / (engines * servers))
         options["logits_processors"] = "outrider.server.vllm_engine.hot:HotTemperatures"
-    options |= _engine_kwargs(config.engine_kwargs, options)
+    options |= further_arguments(config.engine_kwargs)
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in options.items():
         arguments += _option(name, value)
@@ -178,21 +178,6 @@ def _dtype(config: RolloutConfig, gpus: list[int]) -> str:
     from outrider.server.model_facts import serving_dtype
 
     return str(serving_dtype("auto", "cuda" if gpus else "cpu")).removeprefix("torch.")
-
-
-def _engine_kwargs(text: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        given = msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise UserError(
-            f"--engine_kwargs {text}: expected a JSON object, such as '{{\"swap_space\": 4}}': {error}"
-        ) from error
-    ours = {"worker_extension_cls", "middleware", "logprobs_mode", "host", "port", "model", "tensor_parallel_size",
-            "data_parallel_size", "api_key"}  # fmt: skip
-    for name in sorted(given.keys() & ours):
-        advice = f"give --{name} itself" if name in RolloutConfig.__struct_fields__ else "this server depends on it"
-        raise UserError(f"--engine_kwargs: {name} cannot be set there: {advice}")
-    return given
 
 
 def _option(name: str, value: Any) -> list[str]:

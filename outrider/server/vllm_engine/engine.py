@@ -5,12 +5,11 @@ import itertools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Set
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal, cast
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, cast
 
-import msgspec
 import xxhash
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -22,22 +21,21 @@ from outrider.contract.manifest import Manifest
 from outrider.contract.sampling import SamplingParams
 from outrider.server.engine import Conflict, EngineLoad, InvalidRequest, Unavailable
 from outrider.server.limits import MAX_STOP_TOKENS, check_request
-from outrider.server.vllm_engine.differences import external_id
+from outrider.server.vllm_engine.differences import VllmVersionError, needed
 from outrider.server.vllm_engine.generation import Choice, VllmGeneration
 from outrider.server.vllm_engine.hot import LIMIT
-from outrider.server.vllm_engine.messages import CommitReport, PrepareOrder, Report, StageReport, all_reports
 from outrider.server.vllm_engine.sampling import tokens_of, vllm_params
 from outrider.server.vllm_engine.settings import VllmSettings
 from outrider.server.vllm_engine.stats import VllmCounters
 from outrider.server.vllm_engine.tokens import Tokens
 from outrider.server.vllm_engine.weights import VllmWeights
+from outrider.server.vllm_engine.workers import Workers, tokens_sampled
 
 log = logging.getLogger(__name__)
 
-#: Seconds for the workers to make room for a second set of weights, to copy a version, and to switch to it.
-PREPARE_DEADLINE = 600.0
-STAGE_DEADLINE = 600.0
-COMMIT_DEADLINE = 60.0
+#: How often requests are run at the start to hear from workers how far they are, and how long these are: long enough
+#: to be still there when workers are asked, which comes a few steps later.
+WARM_UPS, WARM_UP_TOKENS = 10, 512
 #: No step of vLLM takes less, whatever the model: its own Python takes longer, seconds.
 SHORTEST_STEP = 3e-4
 
@@ -61,11 +59,10 @@ class VllmEngine:
     ) -> None:
         """client: vLLM's ``EngineClient``. stops: the model's end-of-text tokens."""
         self._client, self._settings, self._info, self._stops = client, settings, info, stops
-        self._directory = Path(settings.directory)
+        self._workers = Workers(client, settings)
         self._weights = weights
         self._counters = VllmCounters()
         self._numbers = itertools.count(1)
-        self._orders = itertools.count(1)
         self._generations: set[VllmGeneration] = set()
         #: Names the weights in use: a version may come twice, in another run or after a roll-back.
         self._commits = 0
@@ -89,32 +86,47 @@ class VllmEngine:
     # ---- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        host = self._settings.staging == "host"
-        number = next(self._orders)
-        order = PrepareOrder(number, host, self._info.torch_dtype, self._weights.shapes)  # type: ignore[arg-type]
-        written = msgspec.json.encode(order).decode()
-        await self._call("outrider_prepare", PREPARE_DEADLINE, str(self._directory), written)
-        for report in await self._reports("prepare", number, PREPARE_DEADLINE, Report):
-            if report.error is not None:
-                raise UserError(
-                    f"--model {self._info.model}: no room for new weights beside those in use: {report.error}"
-                )
-        await self._warm_up()
+        with needed():
+            dtype: Any = self._info.torch_dtype
+            await self._workers.prepare(self._settings.staging, dtype, self._weights.shapes)
+            await self._warm_up()
 
     async def _warm_up(self) -> None:
-        """A request to every engine: what it cannot do it says now, and nobody waits for what is made on first use."""
-        sampling = SamplingParams(max_tokens=2, ignore_eos=True, seed=0)
-        warming = [Choice([0], sampling, index, "outrider-warm", 0) for index in range(self._settings.engines)]
-
-        async def complete(choice: Choice) -> None:
-            choice.engine = choice.index
-            async for _ in self.stream(choice, False):
-                pass
-
+        """A request to every engine: what it cannot do it says now, and nobody waits for what is made on first use. And
+        while they run, workers say how far they have got, as at a commit: whether they can is known then. Raises
+        UserError."""
+        length = min(WARM_UP_TOKENS, self._info.max_model_len - 1)
         try:
-            await asyncio.gather(*map(complete, warming))
+            for attempt in range(WARM_UPS):
+                expected, found = await self._run_and_ask(length, attempt)
+                if expected <= found:
+                    return
         except Unavailable as error:
             raise UserError(f"--model {self._info.model}: it cannot be run: {error}") from error
+        if length > WARM_UP_TOKENS // 4:  # shorter ones may always have ended before they were asked for
+            raise VllmVersionError(f"its workers are to know requests {sorted(expected)}, they know {sorted(found)}")
+
+    async def _run_and_ask(self, length: int, attempt: int) -> tuple[set[str], Set[str]]:
+        """The ids of requests that run on every engine, and those that workers give."""
+        sampling = SamplingParams(max_tokens=length, ignore_eos=True, seed=0)
+        names = range(self._settings.engines)
+        choices = [Choice([0], sampling, index, f"outrider-warm-{attempt}", 0) for index in names]
+        async with AsyncExitStack() as running:
+
+            async def begin(choice: Choice) -> None:
+                choice.engine = choice.index
+                stream = await running.enter_async_context(aclosing(self.stream(choice, True)))
+                given = 0
+                async for tokens, _ in stream:
+                    given += len(tokens.ids)
+                    if given >= 2:  # it has been prefilled and decoded
+                        break
+
+            begun = await asyncio.gather(*map(begin, choices), return_exceptions=True)
+            for failure in filter(None, begun):
+                raise failure
+            progress = await self._workers.progress()
+        return {choice.request_id for choice in choices}, progress.keys()
 
     async def close(self) -> None:
         self._stager.shutdown(wait=False, cancel_futures=True)
@@ -295,13 +307,12 @@ class VllmEngine:
 
     async def stage(self, manifest: Manifest) -> WeightStatus:
         async with self._changing:
-            weights, loop, number = self._weights, asyncio.get_running_loop(), next(self._orders)
+            weights, loop, number = self._weights, asyncio.get_running_loop(), self._workers.next_order()
             self._check_alive()
             weights.begin()
-            path = await loop.run_in_executor(self._stager, weights.order, manifest, number, self._directory)
+            path = await loop.run_in_executor(self._stager, weights.order, manifest, number, self._workers.directory)
             try:
-                await self._call("outrider_stage", COMMIT_DEADLINE, str(path))
-                reports = await self._reports("stage", number, STAGE_DEADLINE, StageReport)
+                reports = await self._workers.stage(path, number)
             except Exception as error:
                 raise Conflict(weights.refuse(manifest, error)) from error
             for report in reports:
@@ -329,21 +340,19 @@ class VllmEngine:
                     while self._admitted and not self.failure():
                         await asyncio.sleep(0.005)
                 self._settled.clear()
-                number = next(self._orders)
+                number = self._workers.next_order()
                 await self._switch(number, run_id, version, inflight)
             finally:
                 self._closed = False
                 self._settled.set()
                 self._dispatch()
             # Nobody waits for this any more but whoever has asked.
-            switched = await self._reports("switched", number, COMMIT_DEADLINE, Report)
-            return self._weights.committed(run_id, version, max(report.seconds for report in switched))
+            return self._weights.committed(run_id, version, await self._workers.seconds_of_switch(number))
 
     async def _switch(self, number: int, run_id: str, version: int, inflight: Inflight) -> None:
         """Have all workers switch, and settle what that means for the requests in flight."""
         try:
-            await self._call("outrider_commit", COMMIT_DEADLINE, number, version)
-            reports = await self._reports("commit", number, COMMIT_DEADLINE, CommitReport)
+            reports = await self._workers.commit(number, version)
         except Exception as error:  # whatever it is: who has switched is not known
             raise self._broken(f"version {version}: {error}") from error
         for report in reports:
@@ -351,7 +360,7 @@ class VllmEngine:
                 raise self._broken(f"version {version}: engine {report.engine}, rank {report.rank}: {report.error}")
         self._weights.committed(run_id, version, self.status().commit_seconds)
         self._commits = number
-        progress = {external_id(id): count for report in reports for id, count in (report.progress or {}).items()}
+        progress = tokens_sampled(reports)
         if any(report.cleared for report in reports):
             inflight, progress = "recompute", {}
         steps = (time.monotonic() - min(report.began for report in reports)) / SHORTEST_STEP
@@ -388,19 +397,6 @@ class VllmEngine:
     def _check_alive(self) -> None:
         if failure := self.failure():
             raise Unavailable(failure)
-
-    async def _call(self, method: str, deadline: float, *arguments: object) -> None:
-        """Call a method of every worker. Raises TimeoutError, and Unavailable when an engine is gone."""
-        try:
-            async with asyncio.timeout(deadline):
-                await self._client.collective_rpc(method, args=arguments)
-        except EngineDeadError as error:
-            raise Unavailable("vLLM's engine has stopped; its log says why") from error
-
-    async def _reports(
-        self, kind: Literal["prepare", "stage", "commit", "switched"], number: int, deadline: float, type: type[Any]
-    ) -> list[Any]:
-        return await all_reports(self._directory, kind, number, self._settings.workers, deadline, type)
 
 
 def _seed_of(seed: int | None, index: int) -> int | None:

@@ -33,6 +33,7 @@ from outrider.server.ready import ready_message
 from outrider.server.vllm_engine import guard
 from outrider.server.vllm_engine.command import VllmCommand, check_installed, engines_per_device, vllm_command
 from outrider.server.vllm_engine.router import Backend, Router
+from outrider.server.vllm_engine.settings import CANNOT_START
 from outrider.weights.segments import segment_directory
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def serve_vllm(config: RolloutConfig, listener: socket.socket, key: str) -> int:
         for (at, where), directory in zip(places, directories, strict=True):
             command = vllm_command(config, at, where, key, directory, gpus, count)
             children.append(_Child(config, command, at, where, key, directory))
-        launch = _Launch(config, children)
+        launch = _Launch(config, children, warning)
         if count == 1:
             return launch.run(host, port)
         return launch.run_behind(Router([Backend(where) for _, where in places], key), listener)
@@ -175,8 +176,9 @@ class _Child:
 class _Launch:
     """All children together, until they are told to stop or one of them ends."""
 
-    def __init__(self, config: RolloutConfig, children: list[_Child]) -> None:
-        self.config, self.children = config, children
+    def __init__(self, config: RolloutConfig, children: list[_Child], warning: str | None) -> None:
+        """warning: about this vLLM, for a start that fails: it may be the reason."""
+        self.config, self.children, self.warning = config, children, warning
         self.stopping, self._signals = False, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
@@ -237,7 +239,8 @@ class _Launch:
                 child.wait()
                 if self.stopping:
                     return None
-                raise UserError(f"--engine vllm: its server did not start: {root_cause(child.lines)}")
+                suspicion = f" ({self.warning})" if self.warning else ""
+                raise UserError(f"--engine vllm: its server did not start: {root_cause(child.lines)}{suspicion}")
         return info
 
     def _wait(self) -> int:
@@ -251,7 +254,11 @@ class _Launch:
 
 
 def root_cause(lines: Sequence[str]) -> str:
-    """The first exception of a log that says something: what follows it are processes that fail because of it."""
+    """The reason that the middleware gives; else the first exception of a log that says something: what follows it are
+    processes that fail because of it."""
+    for line in lines:
+        if CANNOT_START in line:
+            return line.partition(CANNOT_START)[2]
     bare = [_PREFIX.sub("", line).strip() for line in lines]
     causes = [line for line in bare if _EXCEPTION.match(line)]
     # Whoever waits for a process that failed says so, too.

@@ -63,20 +63,31 @@ class Report(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
 
 
+class PrepareReport(Report, kw_only=True):
+    """ranks: how many workers its engine has, by its own account."""
+
+    ranks: int = 0
+
+
 class StageReport(Report, kw_only=True):
     """known_copies: whether it has done without vLLM's own loading, by the copies that this comes to."""
 
     known_copies: bool = False
 
 
-class CommitReport(Report, kw_only=True):
-    """began: when it began, of ``time.monotonic``. progress: for each request the tokens that had been sampled by
-    then, from the engine's first worker; it lists no requests that had not got so far as to be run. cleared: keys and
-    values are gone, those of all requests, since the weights until then were not finite."""
+class ProgressReport(Report, kw_only=True):
+    """progress: for each request the tokens that have been sampled, from the engine's first worker; it lists no
+    requests that have not got so far as to be run."""
+
+    progress: dict[str, int] | None = None
+
+
+class CommitReport(ProgressReport, kw_only=True):
+    """began: when it began, of ``time.monotonic``, which is where the progress was. cleared: keys and values are gone,
+    those of all requests, since the weights until then were not finite."""
 
     began: float = 0.0
     cleared: bool = False
-    progress: dict[str, int] | None = None
 
 
 AnyReport = TypeVar("AnyReport", bound=Report)

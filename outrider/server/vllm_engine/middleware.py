@@ -19,7 +19,7 @@ from outrider.server.model_facts import declared_stops, load_config, server_info
 from outrider.server.text import load_text
 from outrider.server.vllm_engine.differences import stop_reading
 from outrider.server.vllm_engine.engine import VllmEngine
-from outrider.server.vllm_engine.settings import settings_from_environment
+from outrider.server.vllm_engine.settings import CANNOT_START, settings_from_environment
 from outrider.server.vllm_engine.stats import OtherMetrics
 from outrider.server.vllm_engine.weights import VllmWeights, tensor_shapes
 
@@ -62,7 +62,7 @@ class OutriderMiddleware:
                 try:
                     await self._start(scope["app"])
                 except UserError as error:
-                    message = {"type": "lifespan.startup.failed", "message": str(error)}
+                    message = {"type": "lifespan.startup.failed", "message": f"{CANNOT_START}{error}"}
             await send(message)
 
         await self.stock(scope, receive, watched)

@@ -1,4 +1,5 @@
-"""What the launcher tells the server process, in one environment variable. Imports no torch and no vLLM."""
+"""What the launcher tells the server process, in one environment variable, and how that answers when it cannot start.
+Imports no torch and no vLLM."""
 
 import os
 from typing import Literal
@@ -8,6 +9,8 @@ import msgspec
 from outrider.server.config import RolloutConfig
 
 VARIABLE = "OUTRIDER_VLLM"
+#: Stands before the reason, in the log of a server process that will not start: no exception gets through uvicorn.
+CANNOT_START = "it cannot start: "
 
 Staging = Literal["device", "host"]
 

@@ -1,4 +1,5 @@
-"""The extension of vLLM's workers: prepare, stage, commit. Mixed into the worker class by ``--worker-extension-cls``.
+"""The extension of vLLM's workers: prepare, progress, stage, commit. Mixed into the worker class by
+``--worker-extension-cls``.
 
 Every method returns at once or after a commit, so that steps go on; what came of it is in the worker's report.
 """
@@ -13,10 +14,12 @@ import msgspec
 import torch
 
 from outrider.contract.garbage import search_less_often
-from outrider.server.vllm_engine.differences import engine_index, sampled_tokens
+from outrider.server.vllm_engine.differences import check_steps, engine_index, engines_and_ranks, needed, sampled_tokens
 from outrider.server.vllm_engine.messages import (
     CommitReport,
     PrepareOrder,
+    PrepareReport,
+    ProgressReport,
     Report,
     StageOrder,
     StageReport,
@@ -35,6 +38,10 @@ class OutriderWorker:
         search_less_often()
         self._outrider = _Member(self, Path(directory))
         self._outrider.prepare(msgspec.json.decode(order, type=PrepareOrder))
+
+    def outrider_progress(self, number: int) -> None:
+        """Say how far requests have got."""
+        self._outrider.tell_progress(number)
 
     def outrider_stage(self, path: str) -> None:
         """Begin to copy the version of the order in ``path``."""
@@ -61,11 +68,27 @@ class _Member:
         return engine_index(self.worker), self.worker.rank
 
     def prepare(self, order: PrepareOrder) -> None:
-        def make() -> None:
-            self.shadow = Shadow(self.worker, order.host, getattr(torch, order.dtype), order.shapes)
+        with needed():
+            engine, rank = self.who
+        report = PrepareReport(number=order.number, engine=engine, rank=rank)
 
+        def make() -> None:
+            with needed():
+                _, report.ranks = engines_and_ranks(self.worker.vllm_config)
+                check_steps(self.worker.vllm_config)
+                self.shadow = Shadow(self.worker, order.host, getattr(torch, order.dtype), order.shapes)
+
+        self.report("prepare", report, make)
+
+    def tell_progress(self, number: int) -> None:
         engine, rank = self.who
-        self.report("prepare", Report(number=order.number, engine=engine, rank=rank), make)
+        report = ProgressReport(number=number, engine=engine, rank=rank)
+
+        def look() -> None:
+            with needed():
+                report.progress = sampled_tokens(self.worker.model_runner) if rank == 0 else None
+
+        self.report("progress", report, look)
 
     def stage(self, order: StageOrder) -> None:
         self.staged, self._latest = None, order.number
