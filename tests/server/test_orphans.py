@@ -30,7 +30,6 @@ def test_a_killed_server_leaves_nothing(demo_model: Path, tmp_path: Path, monkey
     server = start_torch(demo_model, tmp_path, "--data_parallel_size", "2", key="key")
     descendants = children(server.process.pid)
     assert len(descendants) >= 3  # two replicas, and what they are forked from
-    assert list(place.glob("outrider-replica-*"))
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
     assert all_gone(descendants)
