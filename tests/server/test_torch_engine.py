@@ -194,9 +194,9 @@ async def test_wait_lets_what_runs_end_first(engine: TorchEngine, changed: torch
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_dead_replicas_requests_are_issued_again(engine: TorchEngine, stream: bool) -> None:
-    expected = [await complete(engine, [5, 6 + i], n=2, max_tokens=900, seed=i) for i in range(8)]
+    expected = [await complete(engine, [5, 6 + i], n=2, max_tokens=500, seed=i) for i in range(8)]
     tasks = [
-        asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=900, seed=i, stream=stream)) for i in range(8)
+        asyncio.create_task(complete(engine, [5, 6 + i], n=2, max_tokens=500, seed=i, stream=stream)) for i in range(8)
     ]
     await asyncio.sleep(0.15)
     restarts = engine.load().restarts
