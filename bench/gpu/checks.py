@@ -1,4 +1,5 @@
 """What has to hold on GPUs and is no matter of speed, on two of them, against servers with vLLM.
+Those of host_staging, inflight and gap need one.
 
     python bench/gpu/checks.py OUT.json [--only CHECK ...] [--after PID]
 
@@ -50,6 +51,7 @@ NEW_TOKENS = 48
 IN_FLIGHT = (60, 200)
 PROMPTS = [[5, 6 + number % 3, 7 + number] for number in range(16)]
 ON_GPU = torch.cuda.is_available()
+LAST_GPU = str(max(torch.cuda.device_count() - 1, 0))
 
 
 def main(out: Path, only: list[str], after: int | None) -> None:
@@ -72,13 +74,15 @@ def main(out: Path, only: list[str], after: int | None) -> None:
             tp2 = start("tp2", old, "--tensor_parallel_size", "2")
             sides["tp2"] = (tp2, start("tp2_fresh", new, "--tensor_parallel_size", "2"))
         if {"dp2", "host_staging"} & {*only}:
-            fresh = start("fresh", new, gpus="1")
-            sides["dp2"] = (start("dp2", old, "--data_parallel_size", "2"), fresh)
-            sides["host_staging"] = (start("host", old, "--weight_staging", "host", gpus="1"), fresh)
+            fresh = start("fresh", new, gpus=LAST_GPU)
+            if "dp2" in only:
+                sides["dp2"] = (start("dp2", old, "--data_parallel_size", "2"), fresh)
+            if "host_staging" in only:
+                sides["host_staging"] = (start("host", old, "--weight_staging", "host", gpus=LAST_GPU), fresh)
         if "inflight" in only:
             alternating = start("inflight", old, gpus="0")
         if {"gap", "two_ranks"} & {*only}:
-            demo = start("demo", DEMO, gpus="1")
+            demo = start("demo", DEMO, gpus=LAST_GPU)
         stock = None
         if ON_GPU and "nccl" in only:
             stock = stack.enter_context(
@@ -86,7 +90,7 @@ def main(out: Path, only: list[str], after: int | None) -> None:
                        "processed_logprobs", "--kv-cache-memory-bytes", str(2**29),
                        "--gpu-memory-utilization", "0.05", "--enforce-eager",
                        "--max-model-len", "256", "--api-key", KEY,
-                       ours=False, gpus="1", environment={"VLLM_SERVER_DEV_MODE": "1"})
+                       ours=False, gpus=LAST_GPU, environment={"VLLM_SERVER_DEV_MODE": "1"})
             )  # fmt: skip
 
         def note(label: str, check: Callable[[], Any]) -> None:

@@ -37,6 +37,7 @@ def start(config: TrainConfig, command: list[str], notices: Sequence[str] = ()) 
     if config.run.dry_run:
         if is_first_process(os.environ):
             notify(notices)
+            check_resume(config.run)
             show(describe(config, resolved, placement))
         return 0
     if placement.launches:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hmac
 import ipaddress
-import os
 import secrets
 import selectors
 import socket
@@ -21,6 +20,7 @@ from collections.abc import Callable
 import msgspec
 
 from outrider.contract.errors import UserError
+from outrider.contract.lifetime import end_now
 from outrider.contract.lines import receive, send
 from outrider.weights.segment_server import means_this_host
 
@@ -28,8 +28,6 @@ from outrider.weights.segment_server import means_this_host
 CONNECT = 30.0
 #: Seconds for this process to end by itself, where another one has: often both have the same reason, and say it better.
 GRACE = 2.0
-#: Seconds for the last words of a process.
-LAST_WORDS = 5.0
 #: What the kernel says of a connection whose other end does not answer.
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
@@ -207,10 +205,7 @@ class Heartbeat:
             file=sys.stderr,
             flush=True,
         )
-        words = threading.Thread(target=self.last_words, daemon=True)
-        words.start()
-        words.join(LAST_WORDS)
-        os._exit(1)
+        end_now(self.last_words, 1)
 
 
 def new_token() -> str:

@@ -1,14 +1,11 @@
 """Ctrl-C and SIGTERM: once means finish the step and save, twice means stop now."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable
 
+from outrider.contract.lifetime import end_now
 from outrider.contract.signals import hear_at_once
-
-#: Seconds for the last words of a process, which may wait for a terminal that has been stopped.
-LAST_WORDS = 5.0
 
 
 class Interrupt:
@@ -32,8 +29,5 @@ class Interrupt:
     def _hear(self, number: int) -> None:
         self._signals += 1
         if self._signals > 1:
-            words = threading.Thread(target=self._on_second, daemon=True)
-            words.start()
-            words.join(LAST_WORDS)
-            os._exit(128 + number)
+            end_now(self._on_second, 128 + number)
         self.request()

@@ -60,3 +60,22 @@ def test_a_trainer_whose_reader_has_left_keeps_its_status() -> None:
     done = ended("return 130", True, writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+NOW = """
+import threading, time
+from outrider.contract import lifetime
+lifetime.LAST_WORDS = 0.3
+threading.Thread(target=time.sleep, args=(60,)).start()
+lifetime.end_now({words}, 7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [("lambda: print('bye', flush=True)", "bye\n"), ("lambda: time.sleep(60)", "")]
+)
+def test_a_process_ends_now_whatever_its_threads_and_last_words_do(words: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOW.format(words=words)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (7, said)

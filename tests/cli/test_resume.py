@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from outrider.cli.resume import check_resume
+from outrider.cli.train import main
 from outrider.collector.groups import set_advantages
 from outrider.collector.ledger import Ledger
 from outrider.collector.pruning import Pruner
@@ -123,3 +124,12 @@ def test_checkpoints_of_versions_that_did_not_name_their_ledger(run: Path) -> No
 def test_a_new_run_and_one_without_checkpoints_have_nothing_to_check(tmp_path: Path) -> None:
     check(tmp_path)
     check_resume(RunConfig(output_dir=str(tmp_path)))
+
+
+def test_a_dry_run_says_so_too(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "m", "--dataset", "d.jsonl", "--reward_funcs", "exact_match", "--dry_run", "--output_dir"]
+    resume = ["--resume_from_checkpoint", str(run / f"checkpoint-{2 * BATCHES}")]
+    assert main([*words, str(run), *resume]) == 0
+    assert "resume_from_checkpoint" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prompts would be trained twice"):
+        main([*words, str(tmp_path / "fresh"), *resume])
