@@ -1,12 +1,13 @@
 """Tokens a second over HTTP of a small model on one GPU: stock vLLM, our layer over it, and what our launcher starts.
 
-    python bench/gpu/serving.py OUT.json [--profile] [--after PID]
+    python bench/gpu/serving.py OUT.json [--shape 0.6B] [--engines N] [--without_stock] [--profile] [--after PID]
 
-The 0.6B shape in bfloat16, 512 sequences at once, log-probabilities on. With two GPUs, stock vLLM and one engine of
-ours share the first, and stock vLLM and our launcher's own choice the second, so that each ratio is of one GPU; with
-one of 140 GB all are on it. All run from the beginning and are loaded one after the other, in turns. With --profile,
-where the processes of each server spend their time, by py-spy, in a last turn that does not count, into files beside
-OUT.json. With --after, servers start at once, and are loaded when that process has ended.
+The 0.6B shape, or another one, in bfloat16, 512 sequences at once, log-probabilities on. With two GPUs, stock vLLM and
+one engine of ours share the first, and stock vLLM and our launcher's own choice the second, so that each ratio is of
+one GPU; with one of 140 GB all are on it. --engines: of ours on the second, in place of the launcher's choice. All run
+from the beginning and are loaded one after the other, in turns. With --profile, where the processes of each server
+spend their time, by py-spy, in a last turn that does not count, into files beside OUT.json. With --after, servers start
+at once, and are loaded when that process has ended.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from vllm_servers import Side, load, save_shape, server, until_ended
+from vllm_servers import SHAPES, Side, load, save_shape, server, until_ended
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from about import about
@@ -31,10 +32,10 @@ RUNNING, REQUESTS, NEW_TOKENS, TURNS = 512, 1024, 256, 3
 CACHE = (RUNNING + 16) * (64 + NEW_TOKENS + 16) * 28 * 8 * 128 * 2 * 2
 
 
-def main(out: Path, profile: bool, after: int | None) -> None:
+def main(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
-        model = save_shape(directory / "model", "0.6B")
+        model = save_shape(directory / "model", given.shape)
         second = str(torch.cuda.device_count() - 1)
 
         def stock(name: str, gpus: str) -> Side:
@@ -53,16 +54,16 @@ def main(out: Path, profile: bool, after: int | None) -> None:
                        "--max_model_len", "1024", *flags, ours=True, gpus=gpus)
             )  # fmt: skip
 
-        sides = {
-            "stock": stock("stock", "0"),
-            "ours_one_engine": ours("one", "0", CACHE, "--engines_per_device", "1"),
-            "stock_again": stock("stock_again", second),
-            "ours": ours("ours", second, CACHE // 2),
-        }
+        sides = {} if given.without_stock else {"stock": stock("stock", "0")}
+        sides["ours_one_engine"] = ours("one", "0", CACHE, "--engines_per_device", "1")
+        if not given.without_stock:
+            sides["stock_again"] = stock("stock_again", second)
+        chosen = ["--engines_per_device", str(given.engines)] if given.engines else []
+        sides["ours"] = ours("ours", second, CACHE // (given.engines or 2), *chosen)
         for side in sides.values():
             side.wait()
             print(side.name, "ready", flush=True)
-        until_ended(after)
+        until_ended(given.after)
         speeds: dict[str, list[float]] = {label: [] for label in sides}
         for turn in range(TURNS + 1):
             for label, side in sides.items():
@@ -71,26 +72,28 @@ def main(out: Path, profile: bool, after: int | None) -> None:
                 if turn:  # the first warms up
                     speeds[label].append(speed)
             if turn:
-                write(out, speeds)
-        if profile:
+                write(given, speeds)
+        if given.profile:
             for label, side in sides.items():
-                watching = watch(side.process.pid, out.with_name(f"profile_{label}.txt"))
+                watching = watch(side.process.pid, given.out.with_name(f"profile_{label}.txt"))
                 load([side], REQUESTS, RUNNING, NEW_TOKENS)
                 watching.join(40)
-    print(out.read_text())
+    print(given.out.read_text())
 
 
-def write(out: Path, speeds: dict[str, list[float]]) -> None:
+def write(given: argparse.Namespace, speeds: dict[str, list[float]]) -> None:
     """What is known so far."""
     medians = {label: round(statistics.median(values)) for label, values in speeds.items()}
     result = {
-        **about(), "model": "Qwen3 0.6B shape, bfloat16", "running": RUNNING,
-        "new_tokens": NEW_TOKENS, "tokens_per_second": medians,
+        **about(), "model": f"Qwen3 {given.shape} shape, bfloat16", "running": RUNNING,
+        "new_tokens": NEW_TOKENS, "engines": given.engines or "the launcher's choice", "tokens_per_second": medians,
         "all": {label: [round(value) for value in values] for label, values in speeds.items()},
-        "http_overhead": round(1 - medians["ours_one_engine"] / medians["stock"], 4),
-        "ratio_to_stock": round(medians["ours"] / medians["stock_again"], 3),
+        "ratio_to_one_engine": round(medians["ours"] / medians["ours_one_engine"], 3),
     }  # fmt: skip
-    out.write_text(json.dumps(result))
+    if not given.without_stock:
+        result["http_overhead"] = round(1 - medians["ours_one_engine"] / medians["stock"], 4)
+        result["ratio_to_stock"] = round(medians["ours"] / medians["stock_again"], 3)
+    given.out.write_text(json.dumps(result))
 
 
 def watch(root: int, out: Path) -> threading.Thread:
@@ -155,7 +158,9 @@ def summary(raw: str) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", default="0.6B", choices=SHAPES)
+    parser.add_argument("--engines", type=int)
+    parser.add_argument("--without_stock", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--after", type=int)
-    given = parser.parse_args()
-    main(given.out, given.profile, given.after)
+    main(parser.parse_args())
