@@ -220,6 +220,9 @@ class LivePanel:
         over = record.staleness_max > self._max_staleness
         oldest = Text(f"max {record.staleness_max}", "bold red" if over else "")
         rewards = f"{duration(record.reward_seconds)} computing"
+        # Not every step has a server that takes a version meanwhile.
+        stage = next((step.stage_seconds for step in reversed(self._recent) if step.stage_seconds), 0.0)
+        commit = next((step.commit_seconds for step in reversed(self._recent) if step.commit_seconds), 0.0)
         return [
             ("length", _joined(number(record.completion_length), longest, f"{percent(record.truncated_share)} cut")),
             ("staleness", _joined(number(record.staleness_mean), oldest, f"K {self._max_staleness}")),
@@ -227,10 +230,7 @@ class LivePanel:
             ("step", _joined(duration(record.seconds), f"train {duration(record.train_seconds)}")),
             ("  batch", _joined(duration(record.batch_seconds), f"pack {duration(record.pack_seconds)}")),
             ("rewards", _joined(rewards, f"waited {duration(record.reward_wait_seconds)}")),
-            (
-                "weights",
-                _joined(f"stage {duration(record.stage_seconds)}", f"commit {duration(record.commit_seconds)}"),
-            ),
+            ("weights", _joined(f"stage {duration(stage)}", f"commit {duration(commit)}")),
             ("  copying", Text(f"{duration(record.publish_wait_seconds)} waited")),
             ("saving", Text(f"{duration(record.save_seconds)} waited")),
         ]

@@ -79,7 +79,7 @@ class RowWriter:
         self.policy, self.optimizer = policy, optimizer
         self._ranks = ranks
         self._share = Share(ranks.seat())
-        self._thread = ThreadPoolExecutor(1, "checkpoint", self._use_device)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._memory = HostCopy()
         self._ready: torch.cuda.Event | None = None
         self._copied = threading.Event()
@@ -95,6 +95,7 @@ class RowWriter:
 
         def run() -> None:
             try:
+                self._use_device()
                 work()
             finally:
                 self._copied.set()

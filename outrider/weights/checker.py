@@ -4,7 +4,8 @@ Reading gigabytes keeps the kernel busy with the memory of the process that does
 waits for it: seen were streams that stood still for a second. One line of JSON asks, one answers.
 """
 
-import select
+import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -29,15 +30,16 @@ class Checker:
     """The process, as whoever started it sees it. Calls come one at a time; any thread may make them."""
 
     def __init__(self) -> None:
-        self._process = self._start()  # so that the first version need not wait for it
+        self._start()  # so that the first version need not wait for it
         self._one = threading.Lock()
 
     def check(self, manifest: Manifest) -> None:
         """Verify all pieces of a version whose segments are on this host. Raises FetchError."""
         with self._one:
             if self._process.poll() is not None:
-                self._process = self._start()
-            answer = self._ask(self._process, manifest)
+                self._connection.close()
+                self._start()
+            answer = self._ask(manifest)
         if answer.problem is not None:
             raise FetchError(answer.problem)
 
@@ -45,27 +47,25 @@ class Checker:
         """End it."""
         self._process.kill()
         self._process.wait()
+        self._connection.close()
 
-    @staticmethod
-    def _start() -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "outrider.weights.checker"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def _start(self) -> None:
+        # Not a pipe: writing to one has no deadline, and a manifest is longer than what a pipe holds.
+        self._connection, other = socket.socketpair()
+        self._connection.settimeout(DEADLINE)
+        with other:
+            command = [sys.executable, "-m", "outrider.weights.checker"]
+            self._process = subprocess.Popen(command, stdin=other.fileno(), stdout=other.fileno())
 
-    @staticmethod
-    def _ask(process: "subprocess.Popen[bytes]", manifest: Manifest) -> Answer:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    def _ask(self, manifest: Manifest) -> Answer:
         line = b""
-        try:
-            process.stdin.write(msgspec.json.encode(manifest) + b"\n")
-            process.stdin.flush()
-            if select.select([process.stdout], [], [], DEADLINE)[0]:
-                line = process.stdout.readline()
-        except OSError:  # it is gone, and will be started anew
-            pass
+        with contextlib.suppress(OSError):  # it is gone or stands still, and another one will be started
+            self._connection.sendall(msgspec.json.encode(manifest) + b"\n")
+            while not line.endswith(b"\n") and (more := self._connection.recv(65536)):
+                line += more
         if not line.endswith(b"\n"):
-            process.kill()
-            status = process.wait()
+            self._process.kill()
+            status = self._process.wait()
             raise FetchError(f"the process that verifies checksums gave no answer (status {status})")
         return msgspec.json.decode(line, type=Answer)
 

@@ -75,7 +75,7 @@ class Publisher:
                 f"publishing weights: {BUFFERS} x {self.nbytes / 2**20:.0f} MiB do not fit in {segment_directory()} "
                 f"({error.strerror}); enlarge it (in containers: --shm-size)"
             ) from error
-        self._pool = ThreadPoolExecutor(1, "publish", self._use_device)
+        self._pool = ThreadPoolExecutor(1, "publish")
         self._pending: Future[Manifest] | None = None
 
     def _use_device(self) -> None:
@@ -124,6 +124,7 @@ class Publisher:
     def _write(self, version: int, ready: torch.cuda.Event | None) -> Manifest:
         segment, mapped, landing = self._buffers[version % BUFFERS]
         try:
+            self._use_device()
             self._copy(landing, ready)
         finally:
             self._copied.set()

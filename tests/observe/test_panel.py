@@ -92,6 +92,15 @@ def test_the_live_panel_shows_where_time_goes_on_both_sides() -> None:
     assert trainer.count("━") == servers.count("━") == 25
 
 
+def test_the_live_panel_shows_the_last_update_of_weights_that_there_was() -> None:
+    """No server may have had anything to take during the latest step."""
+    on = console(120, 40)
+    panel = live(on)
+    for step, (stage, commit) in enumerate([(0.5, 0.001), (0.02, 0.0), (0.0, 0.0)], 1):
+        panel.step(make_step(step, stage_seconds=stage, commit_seconds=commit))
+    assert "stage 20 ms · commit 1 ms" in "\n".join(shown(panel, on))
+
+
 @pytest.mark.parametrize("max_steps", [0, 10, 10**12])
 def test_the_live_panel_takes_any_value(weird_step: StepRecord, max_steps: int) -> None:
     on = console(80, 24)

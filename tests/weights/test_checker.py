@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -68,6 +69,17 @@ def test_another_takes_the_place_of_one_that_has_died(publisher: Publisher, chec
         checker.check(manifest)
     killer.join()
     checker.check(manifest)
+
+
+def test_one_that_stands_still_is_given_up(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a manifest that no pipe would hold."""
+    monkeypatch.setattr("outrider.weights.checker.DEADLINE", 0.5)
+    manifest = publisher.publish(1).result()
+    checker = Checker()
+    os.kill(checker._process.pid, signal.SIGSTOP)
+    with pytest.raises(FetchError, match=r"gave no answer \(status -9\)"):
+        checker.check(msgspec.structs.replace(manifest, tensors=manifest.tensors * 4000))
+    checker.close()
 
 
 ASKS_AND_IS_KILLED = """
