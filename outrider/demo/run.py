@@ -42,6 +42,8 @@ class DemoConfig(Section):
     seed: Annotated[int, option("Seed of data order and sampling", ge=0)] = 0
     output_dir: Annotated[str, option("Directory under which the demo's runs are kept")] = "outrider-demo"
     engine: Annotated[str, option("Engine of the rollout server: torch, or vllm where it is installed")] = "torch"
+    tensor_parallel_size: Annotated[int, option("Of the rollout server, with --engine vllm", ge=1)] = 1
+    data_parallel_size: Annotated[int, option("Of the rollout server", ge=1)] = 1
 
 
 DEMO = FlagSet("outrider demo", "Teaches a small model to add and subtract, in about half a minute.", (DemoConfig,))
@@ -92,6 +94,8 @@ def running_server(config: DemoConfig, directory: Path) -> Iterator[int]:
     command = [
         *(sys.executable, "-m", "outrider.cli.main", "rollout", "--model", str(MODEL), "--engine", config.engine),
         *("--host", "127.0.0.1", "--port", "0", "--threads", str(cores()[0]), "--drain_timeout", "2"),
+        *("--tensor_parallel_size", str(config.tensor_parallel_size)),
+        *("--data_parallel_size", str(config.data_parallel_size)),
     ]
     log = directory / "server.log"
     with open(log, "wb") as output:

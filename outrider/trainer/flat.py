@@ -1,5 +1,6 @@
 """Micro-batches without padding: rollouts one after the other, for attention that knows where each begins."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,34 +16,47 @@ _MULTIPLE = 128
 _LONGEST = 512
 
 
-def form_flat(samples: Sequence[Sample], rollouts: int, max_tokens: int | None, ranks: int) -> list[list[list[int]]]:
-    """Share out rollouts over as few micro-batches as hold them, of alike numbers of tokens; as many for each rank,
-    unless there are too few rollouts.
+def form_flat(
+    samples: Sequence[Sample], rollouts: int, max_tokens: int | None, ranks: int, break_even: float
+) -> list[list[list[int]]]:
+    """Share out rollouts over as few micro-batches as hold them, which cost about as much, attention included; as many
+    for each rank, unless there are too few rollouts.
 
     rollouts: of a micro-batch, unless ``max_tokens`` gives a budget of tokens (a single longer rollout still gets a
-    micro-batch of its own). Returns micro-batches of rows of one index.
+    micro-batch of its own). break_even: see ``Sharing``. Returns micro-batches of rows of one index.
     """
     lengths = [length_of(sample) for sample in samples]
     least = -(-len(samples) // rollouts) if max_tokens is None else -(-sum(lengths) // max_tokens)
     count = max(1, -(-least // ranks)) * ranks
-    while (found := _balanced(lengths, count, rollouts, max_tokens)) is None:
+    while True:
+        # By tokens, which are alike then, a budget is filled where by costs some rollouts have no room.
+        for even in (break_even, math.inf):
+            found = _balanced(lengths, count, rollouts, max_tokens, even)
+            if found is not None:
+                return [[[index] for index in sorted(batch)] for batch in found if batch]
         count += ranks
-    return [[[index] for index in sorted(batch)] for batch in found if batch]
 
 
-def _balanced(lengths: list[int], count: int, rollouts: int, max_tokens: int | None) -> list[list[int]] | None:
-    """Longest first, each to the lightest that has room; None where one finds no room."""
+def _balanced(
+    lengths: list[int], count: int, rollouts: int, max_tokens: int | None, break_even: float
+) -> list[list[int]] | None:
+    """Longest first, each to the cheapest that has room; None where one finds no room."""
     batches: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
+    costs, tokens = [0.0] * count, [0] * count
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        at = min(
-            (n for n in range(count) if max_tokens is not None or len(batches[n]) < rollouts),
-            key=lambda n: (loads[n], n),
-        )
-        if max_tokens is not None and batches[at] and loads[at] + lengths[index] > max_tokens:
+        length = lengths[index]
+
+        def has_room(n: int, length: int = length) -> bool:
+            if max_tokens is None:
+                return len(batches[n]) < rollouts
+            return not batches[n] or tokens[n] + length <= max_tokens
+
+        at = min(filter(has_room, range(count)), key=lambda n: (costs[n], n), default=None)
+        if at is None:
             return None
         batches[at].append(index)
-        loads[at] += lengths[index]
+        costs[at] += length + length * length / break_even
+        tokens[at] += length
     return batches
 
 

@@ -127,7 +127,7 @@ class StepComputer:
         config, policy, samples = self.batch, self.policy, mini_batch.samples
         rollouts, max_tokens = config.per_device_train_batch_size, config.max_tokens_per_micro_batch
         if policy.flat:
-            formed = form_flat(samples, rollouts, max_tokens, self.ranks.data_size)
+            formed = form_flat(samples, rollouts, max_tokens, self.ranks.data_size, policy.break_even)
         else:
             formed = form_micro_batches(samples, rollouts, max_tokens, policy.sharing)
         if self.ranks.data_size == 1:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from outrider.contract.errors import UserError
 from outrider.trainer.flat import collate_flat, form_flat
-from outrider.trainer.packing import Flat, length_of
+from outrider.trainer.packing import Flat, length_of, share_out
 from tests.server.models import save_model
 from tests.trainer.build import make_policy, one_a_row, random_samples, sample
 
@@ -20,12 +20,13 @@ CPU = torch.device("cpu")
     st.integers(1, 9),
     st.one_of(st.none(), st.integers(20, 200)),
     st.integers(1, 4),
+    st.sampled_from([1.0, 30.0, 1e9]),
 )
 def test_every_rollout_has_a_place_within_the_budget(
-    lengths: list[int], rollouts: int, max_tokens: int | None, ranks: int
+    lengths: list[int], rollouts: int, max_tokens: int | None, ranks: int, break_even: float
 ) -> None:
     samples = [sample([5], list(range(length))) for length in lengths]
-    formed = form_flat(samples, rollouts, max_tokens, ranks)
+    formed = form_flat(samples, rollouts, max_tokens, ranks, break_even)
     assert sorted(index for batch in formed for [index] in batch) == list(range(len(samples)))
     for batch in formed:
         tokens = sum(length_of(samples[index]) for [index] in batch)
@@ -35,15 +36,27 @@ def test_every_rollout_has_a_place_within_the_budget(
     assert len(formed) <= -(-2 * least // ranks) * ranks + sum(length > (max_tokens or 99) // 2 for length in lengths)
 
 
-def test_a_realistic_mix_fills_its_micro_batches() -> None:
-    """Lengths as of reasoning rollouts: many short ones and a long tail."""
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_realistic_mix_fills_its_micro_batches_and_they_cost_alike(ranks: int) -> None:
+    """Lengths as of reasoning rollouts: many short ones and a long tail, which attention makes dearer than their number
+    of tokens says."""
     draw = np.random.default_rng(0)
-    lengths = np.minimum(draw.lognormal(6.5, 0.7, 512), 4096).astype(int)
+    lengths = np.minimum(draw.lognormal(7.5, 0.8, 512), 12000).astype(int)
     samples = [sample([1] * 100, [2] * int(length)) for length in lengths]
-    formed = form_flat(samples, 8, 16384, 2)
-    tokens = [sum(length_of(samples[index]) for [index] in batch) for batch in formed]
-    assert len(formed) <= -(-sum(tokens) // 16384) + 2
-    assert max(tokens) <= 1.02 * min(tokens)
+    break_even = 6 * 1024.0
+    formed = form_flat(samples, 8, 16384, ranks, break_even)
+    tokens = sum(map(length_of, samples))
+    assert len(formed) <= -(-tokens // 16384) + 2 * ranks
+
+    def cost(rows: list[list[int]] | None) -> float:
+        lengths = [length_of(samples[index]) for [index] in rows or ()]
+        return sum(length + length**2 / break_even for length in lengths)
+
+    shared = share_out(formed, samples, ranks, break_even)
+    of = np.array([[cost(rows) for rows in of_rank] for of_rank in shared])
+    assert of.sum(axis=1).max() <= 1.03 * of.sum(axis=1).min()
+    # In each round the ranks wait for the slowest of them.
+    assert ranks * of.max(axis=0).sum() <= 1.03 * of.sum()
 
 
 def test_the_tensors_of_a_flat_micro_batch() -> None:
