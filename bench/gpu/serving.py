@@ -28,38 +28,38 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from about import about
 
 RUNNING, REQUESTS, NEW_TOKENS, TURNS = 512, 1024, 256, 3
-#: Of a server that is to hold all sequences: tokens of 28 layers, 8 heads of 128, keys and values, 2 bytes.
-CACHE = (RUNNING + 16) * (64 + NEW_TOKENS + 16) * 28 * 8 * 128 * 2 * 2
+#: Of a server that is to hold all sequences, for a layer: tokens of 8 heads of 128, keys and values, 2 bytes.
+CACHE = (RUNNING + 16) * (64 + NEW_TOKENS + 16) * 8 * 128 * 2 * 2
 
 
 def main(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         model = save_shape(directory / "model", given.shape)
+        cache = CACHE * SHAPES[given.shape][2]
         second = str(torch.cuda.device_count() - 1)
 
         def stock(name: str, gpus: str) -> Side:
             return stack.enter_context(
-                server(name, model, directory, "--load-format", "dummy", "--kv-cache-memory-bytes", str(CACHE),
+                server(name, model, directory, "--load-format", "dummy", "--kv-cache-memory-bytes", str(cache),
                        "--gpu-memory-utilization", "0.05",
                        "--max-num-seqs", str(RUNNING), "--max-model-len", "1024", ours=False, gpus=gpus)
             )  # fmt: skip
 
-        def ours(name: str, gpus: str, cache: int, *flags: str) -> Side:
-            kwargs = json.dumps(
-                {"load_format": "dummy", "kv_cache_memory_bytes": cache, "gpu_memory_utilization": 0.05}
-            )
+        def ours(name: str, gpus: str, room: int, *flags: str) -> Side:
+            kwargs = json.dumps({"load_format": "dummy", "kv_cache_memory_bytes": room, "gpu_memory_utilization": 0.05})
             return stack.enter_context(
                 server(name, model, directory, "--engine_kwargs", kwargs, "--max_num_seqs", str(RUNNING),
                        "--max_model_len", "1024", *flags, ours=True, gpus=gpus)
             )  # fmt: skip
 
         sides = {} if given.without_stock else {"stock": stock("stock", "0")}
-        sides["ours_one_engine"] = ours("one", "0", CACHE, "--engines_per_device", "1")
+        sides["ours_one_engine"] = ours("one", "0", cache, "--engines_per_device", "1")
         if not given.without_stock:
             sides["stock_again"] = stock("stock_again", second)
         chosen = ["--engines_per_device", str(given.engines)] if given.engines else []
-        sides["ours"] = ours("ours", second, CACHE // (given.engines or 2), *chosen)
+        engines = given.engines or (2 if given.shape == "0.6B" else 1)
+        sides["ours"] = ours("ours", second, cache // engines, *chosen)
         for side in sides.values():
             side.wait()
             print(side.name, "ready", flush=True)

@@ -16,6 +16,7 @@ from types import FrameType
 from outrider.cli.muster import muster
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
+from outrider.contract.lifetime import end_now
 from outrider.contract.signals import hear_at_once
 from outrider.weights.segments import remove_stale_segments
 
@@ -93,8 +94,8 @@ class Signals:
         ranks = _ranks()
         self.last, leads = number, "0" in ranks
         if not ranks:
-            print("outrider: stopped before the run had begun", file=sys.stderr, flush=True)
-            os._exit(128 + number)
+            words = "outrider: stopped before the run had begun"
+            end_now(lambda: print(words, file=sys.stderr, flush=True), 128 + number)
         for pid in [ranks["0"]] if leads else ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number if number == signal.SIGINT and leads else signal.SIGTERM)

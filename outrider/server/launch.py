@@ -126,8 +126,9 @@ class _Server(uvicorn.Server):
 
     def _on_signal(self) -> None:
         self._signals += 1
-        if self._start is not None:  # nobody is served yet
-            self._start.cancel()
+        if self._start is not None and not self._start.done():  # nobody is served yet
+            if self._signals == 1:  # a second one would cut off what it ends
+                self._start.cancel()
             return
         if self._signals > 2:
             self.force_exit = self.should_exit = True

@@ -199,13 +199,14 @@ class Heartbeat:
             self._tell(Lost(text))
         if self._left.wait(grace):
             return
-        print(
-            f"outrider: rank {self._me.rank} on node {self._me.node} ends: {text}; go on with "
-            "--resume_from_checkpoint auto",
-            file=sys.stderr,
-            flush=True,
-        )
-        end_now(self.last_words, 1)
+        why = f"outrider: rank {self._me.rank} on node {self._me.node} ends: {text}"
+
+        def words() -> None:
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(f"{why}; go on with --resume_from_checkpoint auto", file=sys.stderr, flush=True)
+            self.last_words()
+
+        end_now(words, 1)
 
 
 def new_token() -> str:

@@ -4,7 +4,6 @@ Reading gigabytes keeps the kernel busy with the memory of the process that does
 waits for it: seen were streams that stood still for a second. One line of JSON asks, one answers.
 """
 
-import contextlib
 import socket
 import subprocess
 import sys
@@ -58,15 +57,20 @@ class Checker:
             self._process = subprocess.Popen(command, stdin=other.fileno(), stdout=other.fileno())
 
     def _ask(self, manifest: Manifest) -> Answer:
-        line = b""
-        with contextlib.suppress(OSError):  # it is gone or stands still, and another one will be started
+        line, problem = b"", None
+        try:
             self._connection.sendall(msgspec.json.encode(manifest) + b"\n")
             while not line.endswith(b"\n") and (more := self._connection.recv(65536)):
                 line += more
+        except TimeoutError:
+            problem = f"gave no answer within {DEADLINE:g} s"
+        except OSError:
+            pass  # it is gone
         if not line.endswith(b"\n"):
             self._process.kill()
             status = self._process.wait()
-            raise FetchError(f"the process that verifies checksums gave no answer (status {status})")
+            problem = problem or f"ended with status {status}"
+            raise FetchError(f"the process that verifies checksums {problem}; another one verifies the next version")
         return msgspec.json.decode(line, type=Answer)
 
 

@@ -91,6 +91,36 @@ def test_workers_that_know_requests_by_other_names_are_no_start(
     assert re.search(r"did not start: vLLM \S+ cannot be used: .*'outrider-warm.*0\.24\.0 to 0\.32\.0", last), last
 
 
+UNTRIED = """
+import sys
+from outrider.server.vllm_engine import command
+command.vllm_version = lambda: "0.99.0"
+from outrider.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_version_that_was_not_tried_is_said_and_goes_on(endless: Callable[[int], Path], tmp_path: Path) -> None:
+    """Where it has what is needed, as this one has."""
+    words = command(endless(0), "--engine", "vllm", "--port", "0", "--threads", "1", "--kv_cache_gib", "0.25")
+    log = tmp_path / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [words[0], "-c", UNTRIED, *words[3:]], stdout=output, stderr=output, env=environment(KEY)
+        )
+    try:
+        deadline = time.monotonic() + READY_DEADLINE
+        while "ready: " not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        server.terminate()
+        assert server.wait(END_DEADLINE) == 0
+    finally:
+        server.kill()
+    assert "vLLM 0.99.0 has not been tried, 0.24.0 to 0.32.0 have" in log.read_text()
+
+
 def test_a_killed_launcher_leaves_nothing(start_endless: StartEndless) -> None:
     """No process, and no file."""
     before = set(segment_directory().glob("outrider-vllm-*"))

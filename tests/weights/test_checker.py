@@ -65,7 +65,7 @@ def test_another_takes_the_place_of_one_that_has_died(publisher: Publisher, chec
     os.kill(checker._process.pid, signal.SIGSTOP)
     killer = threading.Timer(0.3, os.kill, (checker._process.pid, signal.SIGKILL))
     killer.start()
-    with pytest.raises(FetchError, match=r"gave no answer \(status -9\)"):
+    with pytest.raises(FetchError, match="ended with status -9; another one"):
         checker.check(manifest)
     killer.join()
     checker.check(manifest)
@@ -77,7 +77,7 @@ def test_one_that_stands_still_is_given_up(publisher: Publisher, monkeypatch: py
     manifest = publisher.publish(1).result()
     checker = Checker()
     os.kill(checker._process.pid, signal.SIGSTOP)
-    with pytest.raises(FetchError, match=r"gave no answer \(status -9\)"):
+    with pytest.raises(FetchError, match=r"gave no answer within 0\.5 s"):
         checker.check(msgspec.structs.replace(manifest, tensors=manifest.tensors * 4000))
     checker.close()
 

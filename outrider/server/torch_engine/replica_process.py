@@ -75,7 +75,7 @@ class ReplicaProcess:
     async def stop(self) -> None:
         """End it, in order if possible."""
         if self._started is not None:
-            await self._started  # whoever awaited it first may have been cancelled
+            await asyncio.shield(self._started)  # whoever awaited it first may have been cancelled
         if self.process.pid is None:
             self.close()
             return

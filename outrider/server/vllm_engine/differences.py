@@ -35,8 +35,11 @@ class VllmVersionError(UserError):
     def __init__(self, lacking: object) -> None:
         import vllm
 
+        remedy = "install one of these"
+        if is_tried(vllm.__version__):
+            remedy = "this one too, so leave --engine_kwargs away, or give another --model or --engine torch"
         super().__init__(
-            f"vLLM {vllm.__version__} cannot be used: {lacking}; {tried_range()} have been tried, install one of these"
+            f"vLLM {vllm.__version__} cannot be used: {lacking}; {tried_range()} have been tried, {remedy}"
         )
 
 

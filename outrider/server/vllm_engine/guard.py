@@ -33,8 +33,8 @@ def _members(group: int) -> Iterator[tuple[int, bool]]:
     """Process ids of those that still run, and whether they are resource trackers."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ends at this moment
-            state, _, of = (path / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(of) == group and state != "Z":
+            state, _, of = (path / "stat").read_bytes().rpartition(b")")[2].split()[:3]
+            if int(of) == group and state != b"Z":
                 yield int(path.name), b"resource_tracker" in (path / "cmdline").read_bytes()
 
 

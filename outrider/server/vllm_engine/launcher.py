@@ -119,6 +119,7 @@ class _Child:
         self._guard = subprocess.Popen(
             [sys.executable, "-I", guard.__file__, str(self.process.pid), directory],
             stdin=subprocess.PIPE,
+            bufsize=0,  # closed by a signal handler, too
             process_group=0,
         )
         self._reader = threading.Thread(target=self._hand_on, daemon=True)
@@ -145,11 +146,16 @@ class _Child:
         self.told_to_stop = True
         self.process.send_signal(signal.SIGTERM)
 
-    def kill(self) -> None:
-        """End it, whatever it is doing, and all that it has started."""
+    def cut_off(self) -> None:
+        """Begin to end it, whatever it is doing, and all that it has started. Does not wait: a signal handler may have
+        come upon somebody who does."""
         self.told_to_stop = True
         assert self._guard.stdin is not None
         self._guard.stdin.close()
+
+    def kill(self) -> None:
+        """End it, whatever it is doing, and all that it has started."""
+        self.cut_off()
         self._guard.wait()
         with contextlib.suppress(ProcessLookupError):  # there is no guard any more if it was killed itself
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -189,7 +195,7 @@ class _Launch:
         self._signals += 1
         for child in self.children:
             if self._signals > 2:
-                child.kill()
+                child.cut_off()
             else:
                 child.stop()
 
