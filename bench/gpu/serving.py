@@ -1,17 +1,21 @@
 """Tokens a second over HTTP of a small model on one GPU: stock vLLM, our layer over it, and what our launcher starts.
 
-    python bench/gpu/serving.py OUT.json [--shape 0.6B] [--engines N] [--without_stock] [--profile] [--after PID]
+    python bench/gpu/serving.py OUT.json [--shape 0.6B] [--engines N] [--without_stock]
+                                [--stock_with=FLAGS ...] [--profile] [--after PID]
 
-The 0.6B shape, or another one, in bfloat16, 512 sequences at once, log-probabilities on. With two GPUs, stock vLLM and
-one engine of ours share the first, and stock vLLM and our launcher's own choice the second, so that each ratio is of
-one GPU; with one of 140 GB all are on it. --engines: of ours on the second, in place of the launcher's choice. All run
-from the beginning and are loaded one after the other, in turns. With --profile, where the processes of each server
-spend their time, by py-spy, in a last turn that does not count, into files beside OUT.json. With --after, servers start
-at once, and are loaded when that process has ended.
+The 0.6B shape, or another one, in bfloat16, 512 sequences at once, log-probabilities on. With two GPUs, stock vLLM
+and one engine of ours share the first, and stock vLLM and our launcher's own choice the second, so that each ratio is
+of one GPU; with one of 140 GB all are on it. --engines: of ours on the second, in place of the launcher's choice. Our
+one engine is asked for the packed form of answers, and for JSON as stock vLLM is, which is what http_overhead
+compares. --stock_with: further flags of a stock server on the second GPU, once each (--stock_with='--api-server-count
+2'). All run from the beginning and are loaded one after the other, in turns. With --profile, where the processes of
+each server spend their time, by py-spy, in a last turn that does not count, into files beside OUT.json. With --after,
+servers start at once, and are loaded when that process has ended.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -39,11 +43,12 @@ def main(given: argparse.Namespace) -> None:
         cache = CACHE * SHAPES[given.shape][2]
         second = str(torch.cuda.device_count() - 1)
 
-        def stock(name: str, gpus: str) -> Side:
+        def stock(name: str, gpus: str, *flags: str) -> Side:
             return stack.enter_context(
                 server(name, model, directory, "--load-format", "dummy", "--kv-cache-memory-bytes", str(cache),
                        "--gpu-memory-utilization", "0.05",
-                       "--max-num-seqs", str(RUNNING), "--max-model-len", "1024", ours=False, gpus=gpus)
+                       "--max-num-seqs", str(RUNNING), "--max-model-len", "1024", *flags, ours=False,
+                       gpus=gpus)
             )  # fmt: skip
 
         def ours(name: str, gpus: str, room: int, *flags: str) -> Side:
@@ -60,6 +65,9 @@ def main(given: argparse.Namespace) -> None:
         chosen = ["--engines_per_device", str(given.engines)] if given.engines else []
         engines = given.engines or (2 if given.shape == "0.6B" else 1)
         sides["ours"] = ours("ours", second, cache // engines, *chosen)
+        for number, more in enumerate(given.stock_with):
+            sides[f"stock {more}"] = stock(f"stock_with{number}", second, *more.split())
+        sides["ours_one_engine_json"] = dataclasses.replace(sides["ours_one_engine"], ours=False)
         for side in sides.values():
             side.wait()
             print(side.name, "ready", flush=True)
@@ -91,7 +99,7 @@ def write(given: argparse.Namespace, speeds: dict[str, list[float]]) -> None:
         "ratio_to_one_engine": round(medians["ours"] / medians["ours_one_engine"], 3),
     }  # fmt: skip
     if not given.without_stock:
-        result["http_overhead"] = round(1 - medians["ours_one_engine"] / medians["stock"], 4)
+        result["http_overhead"] = round(1 - medians["ours_one_engine_json"] / medians["stock"], 4)
         result["ratio_to_stock"] = round(medians["ours"] / medians["stock_again"], 3)
     given.out.write_text(json.dumps(result))
 
@@ -161,6 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", default="0.6B", choices=SHAPES)
     parser.add_argument("--engines", type=int)
     parser.add_argument("--without_stock", action="store_true")
+    parser.add_argument("--stock_with", action="append", default=[], metavar="FLAGS")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--after", type=int)
     main(parser.parse_args())
