@@ -20,12 +20,17 @@ def run_command(program: str, command: Command, argv: list[str]) -> int:
     try:
         return command(argv)
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"{program}: {line}", file=sys.stderr)
+        say("\n".join(f"{program}: {line}" for line in str(error).splitlines()))
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        say(f"{program}: interrupted")
         return 130
+
+
+def say(text: str) -> None:
+    """On standard error, if anybody reads it still."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def be_process(main: Callable[[], int]) -> NoReturn:
@@ -34,10 +39,10 @@ def be_process(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as ended:
         if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
+            say(ended.code)
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:  # noqa: BLE001 - said as Python says it, and the process ends
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip())
         status = 1
     leave(status)
 

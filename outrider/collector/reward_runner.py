@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence, Set
@@ -20,6 +21,9 @@ from outrider.rewards.settings import RewardSettings
 class RewardFailed(Exception):
     """A reward function raised, hung, died or returned something else than one number (or None) a completion."""
 
+
+#: Seconds between looks whether the pool of workers is still one.
+_LOOK = 1.0
 
 #: The reward functions of a worker process, by their place on the command line; or why there are none.
 _loaded: list[Reward] = []
@@ -180,18 +184,28 @@ class RewardRunner:
         pool = self._pool
         try:
             # The time counts from when a worker takes the call, so neither its start nor the queue goes into it.
-            return await asyncio.wrap_future(pool.schedule(_timed_call, args=call, timeout=self.timeout))
+            answer = asyncio.wrap_future(pool.schedule(_timed_call, args=call, timeout=self.timeout))
+            try:
+                while not (await asyncio.wait({answer}, timeout=_LOOK))[0]:
+                    if not pool.active:  # it forgets calls that no worker had been handed
+                        raise RuntimeError("the pool of reward workers is broken")
+                return answer.result()
+            finally:
+                answer.cancel()
         except RuntimeError:
             if self._pool is pool:
                 self._pool = self._make_pool()
+                # Ends its other workers. On a thread: what it still writes to one that is gone may take for ever.
                 pool.stop()
+                threading.Thread(target=pool.join, daemon=True).start()
             raise
 
     def close(self) -> None:
         """End the worker processes."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join(timeout=5)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+            pool.join(timeout=5)
 
 
 def check_rewards(name: str, result: Any, count: int) -> list[float | None]:

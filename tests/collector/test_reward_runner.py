@@ -198,6 +198,23 @@ async def test_a_process_that_dies_while_idle_is_replaced(scripted: RewardRunner
         await asyncio.sleep(0.5)  # it is noticed meanwhile
 
 
+async def test_calls_that_no_process_had_when_one_died_are_made_again(plugin: Path) -> None:
+    """More of them than a pipe to the processes holds; and the other process does not stay."""
+    before = multiprocessing.active_children()
+    runner = runner_of(plugin, "where", workers=2)
+    calls = [asyncio.ensure_future(runner.score([rollout([3])], "x" * 100_000, {})) for _ in range(12)]
+    while len(processes := [child for child in multiprocessing.active_children() if child not in before]) < 2:
+        await asyncio.sleep(0.01)
+    processes[0].kill()
+    try:
+        found = await asyncio.wait_for(asyncio.gather(*calls), 60)
+        await asyncio.to_thread(processes[1].join, 30)
+        assert processes[1].exitcode is not None
+    finally:
+        runner.close()
+    assert not {process.pid for process in processes} & {int(pid) for [[pid]] in found}
+
+
 async def test_while_one_hangs_the_others_go_on(scripted: RewardRunner) -> None:
     """One worker: what waits behind the hanging call waits for its timeout, and is not timed out itself."""
     calls = [act(scripted, "hang" if place in (3, 9) else "bool") for place in range(30)]
