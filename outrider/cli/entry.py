@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from outrider.contract.errors import UserError
+from outrider.contract.output import say
 
 Command = Callable[[list[str]], int]
 
@@ -25,12 +26,6 @@ def run_command(program: str, command: Command, argv: list[str]) -> int:
     except KeyboardInterrupt:
         say(f"{program}: interrupted")
         return 130
-
-
-def say(text: str) -> None:
-    """On standard error, if anybody reads it still."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 def be_process(main: Callable[[], int]) -> NoReturn:

@@ -17,6 +17,7 @@ from outrider.cli.muster import muster
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
 from outrider.contract.lifetime import end_now
+from outrider.contract.output import say
 from outrider.contract.signals import hear_at_once
 from outrider.weights.segments import remove_stale_segments
 
@@ -94,8 +95,7 @@ class Signals:
         ranks = _ranks()
         self.last, leads = number, "0" in ranks
         if not ranks:
-            words = "outrider: stopped before the run had begun"
-            end_now(lambda: print(words, file=sys.stderr, flush=True), 128 + number)
+            end_now(lambda: say("outrider: stopped before the run had begun"), 128 + number)
         for pid in [ranks["0"]] if leads else ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number if number == signal.SIGINT and leads else signal.SIGTERM)

@@ -1,5 +1,6 @@
 """Writing for people, whose reader, such as ``head`` or ``tee``, may leave before the end."""
 
+import contextlib
 import os
 import sys
 
@@ -10,6 +11,12 @@ def show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         drop_output()
+
+
+def say(text: str) -> None:
+    """On standard error, if anybody reads it still."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def drop_output() -> None:

@@ -13,7 +13,6 @@ import ipaddress
 import secrets
 import selectors
 import socket
-import sys
 import threading
 from collections.abc import Callable
 
@@ -22,6 +21,7 @@ import msgspec
 from outrider.contract.errors import UserError
 from outrider.contract.lifetime import end_now
 from outrider.contract.lines import receive, send
+from outrider.contract.output import say
 from outrider.weights.segment_server import means_this_host
 
 #: Seconds to connect to rank 0.
@@ -202,8 +202,7 @@ class Heartbeat:
         why = f"outrider: rank {self._me.rank} on node {self._me.node} ends: {text}"
 
         def words() -> None:
-            with contextlib.suppress(OSError):  # nobody reads it any more
-                print(f"{why}; go on with --resume_from_checkpoint auto", file=sys.stderr, flush=True)
+            say(f"{why}; go on with --resume_from_checkpoint auto")
             self.last_words()
 
         end_now(words, 1)
