@@ -6,8 +6,8 @@
 bfloat16 on the server, float32 master weights. Seconds of a step are wall clock over the measured steps divided by
 their number, after as many as use up what the server has generated while the trainer's first steps compiled. Then the
 two sides alone: a trainer that takes batches and computes nothing, and one that trains the same batches without a
-server; efficiency is the longer of these over the step. A third GPU lets the two be measured at the same time. On one
-GPU, or none, both sides share it: that is for trying the script, with --shape tiny.
+server; efficiency is the longer of these over the step. The two run at the same time, as both sides did before: they
+use different GPUs. On one GPU, or none, both sides share it: that is for trying the script, with --shape tiny.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
             part = [sys.executable, str(HERE / "trainers.py")]
             replay = [*part, "replay", str(directory / "k2" / "ledger.sqlite"), *words]
             with ThreadPoolExecutor() as pool:
-                train = pool.submit(run, directory / "train", replay, "2") if gpus > 2 else None
+                train = pool.submit(run, directory / "train", replay) if gpus > 1 else None
                 consumed = run(directory / "generate", [*part, "consume", *words])
                 result["generate_alone"] = summary(consumed, given.steps)
                 given.out.write_text(json.dumps(result, indent=1))
@@ -102,11 +102,11 @@ def trainer_flags(given: argparse.Namespace, model: Path, directory: Path, port:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def run(place: Path, command: list[str], gpu: str = "0") -> list[dict[str, Any]]:
+def run(place: Path, command: list[str]) -> list[dict[str, Any]]:
     """The rows of its steps. Raises SystemExit when it fails."""
     ended = subprocess.run(
         [*command, "--output_dir", str(place)],
-        env={**os.environ, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": visible(gpu)}, capture_output=True, text=True,
+        env={**os.environ, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": visible("0")}, capture_output=True, text=True,
         timeout=400, check=False,
     )  # fmt: skip
     if ended.returncode:

@@ -4,13 +4,13 @@
                                 [--stock_with=FLAGS ...] [--profile] [--after PID]
 
 The 0.6B shape, or another one, in bfloat16, 512 sequences at once, log-probabilities on. With two GPUs, stock vLLM
-and one engine of ours share the first, and stock vLLM and our launcher's own choice the second, so that each ratio is
-of one GPU; with one of 140 GB all are on it. --engines: of ours on the second, in place of the launcher's choice. Our
-one engine is asked for the packed form of answers, and for JSON as stock vLLM is, which is what http_overhead
-compares. --stock_with: further flags of a stock server on the second GPU, once each (--stock_with='--api-server-count
-2'). All run from the beginning and are loaded one after the other, in turns. With --profile, where the processes of
-each server spend their time, by py-spy, in a last turn that does not count, into files beside OUT.json. With --after,
-servers start at once, and are loaded when that process has ended.
+and one engine of ours share the first, and another stock vLLM and our launcher's own choice the second, so that each
+ratio is of one GPU; with one of 140 GB all are on it, and one stock server is enough. --engines: of ours on the second,
+in place of the launcher's choice. Our one engine is asked for the packed form of answers, and for JSON as stock vLLM
+is, which is what http_overhead compares. --stock_with: further flags of a stock server on the second GPU, once each
+(--stock_with='--api-server-count 2'). All run from the beginning and are loaded one after the other, in turns. With
+--profile, where the processes of each server spend their time, by py-spy, in a last turn that does not count, into
+files beside OUT.json. With --after, servers start at once, and are loaded when that process has ended.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main(given: argparse.Namespace) -> None:
 
         sides = {} if given.without_stock else {"stock": stock("stock", "0")}
         sides["ours_one_engine"] = ours("one", "0", cache, "--engines_per_device", "1")
-        if not given.without_stock:
+        if not given.without_stock and second != "0":
             sides["stock_again"] = stock("stock_again", second)
         chosen = ["--engines_per_device", str(given.engines)] if given.engines else []
         engines = given.engines or (2 if given.shape == "0.6B" else 1)
@@ -83,7 +83,7 @@ def main(given: argparse.Namespace) -> None:
                 write(given, speeds)
         if given.profile:
             for label, side in sides.items():
-                watching = watch(side.process.pid, given.out.with_name(f"profile_{label}.txt"))
+                watching = watch(side.process.pid, given.out.with_name(f"profile_{label.replace(' ', '_')}.txt"))
                 load([side], REQUESTS, RUNNING, NEW_TOKENS)
                 watching.join(40)
     print(given.out.read_text())
@@ -100,7 +100,7 @@ def write(given: argparse.Namespace, speeds: dict[str, list[float]]) -> None:
     }  # fmt: skip
     if not given.without_stock:
         result["http_overhead"] = round(1 - medians["ours_one_engine_json"] / medians["stock"], 4)
-        result["ratio_to_stock"] = round(medians["ours"] / medians["stock_again"], 3)
+        result["ratio_to_stock"] = round(medians["ours"] / medians.get("stock_again", medians["stock"]), 3)
     given.out.write_text(json.dumps(result))
 
 

@@ -102,6 +102,8 @@ def server(
     port = free_port()
     if ours:
         command = [sys.executable, "-m", "outrider.cli.main", "rollout", "--engine", "vllm", "--drain_timeout", "0"]
+    elif "--api-server-count" in flags:  # only vLLM's own command heeds it
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "--disable-uvicorn-access-log"]
     else:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
     command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]

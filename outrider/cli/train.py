@@ -50,10 +50,8 @@ def start(config: TrainConfig, command: list[str], notices: Sequence[str] = ()) 
     yield_idle_threads()
     from outrider.trainer.run import train
 
-    if is_first_process(os.environ):
-        check_resume(config.run)
     trainer, collector = make_specs(config, resolved)
-    return train(trainer, msgspec.msgpack.encode(collector))
+    return train(trainer, msgspec.msgpack.encode(collector), lambda: check_resume(config.run))
 
 
 def prepare_output_dir(path: Path) -> None:

@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -49,9 +50,10 @@ EVALUATION_DEADLINE = 3600.0
 REACH_DEADLINE = 150.0
 
 
-def train(spec: TrainerSpec, collector: bytes) -> int:
+def train(spec: TrainerSpec, collector: bytes, check: Callable[[], None]) -> int:
     """Run to the end, or until the user stops it. collector: an encoded ``CollectorSpec``, handed through to the
-    child process. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
+    child process. check: called by the leading rank before anything is loaded, when all ranks can be told why it
+    raises UserError. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
     prepare(spec)
     ranks = Ranks(spec.model.shard_across_nodes, spec.model.fsdp_cpu_offload, spec.model.tensor_parallel_size)
     try:
@@ -59,6 +61,7 @@ def train(spec: TrainerSpec, collector: bytes) -> int:
         compare_settings(ranks, spec.configuration)
         check_directory(ranks, Path(spec.run.output_dir))
         if ranks.leads:
+            check()
             status = Trainer(spec, Path(spec.run.output_dir), ranks).run(collector)
         else:
             status = Follower(spec, ranks).run()

@@ -154,6 +154,16 @@ def test_a_node_with_another_parameter_is_named(server: Server, tmp_path: Path) 
         assert "--learning_rate is 0.001 on node 1 (rank 1) and 0.0005 on node 0 (rank 0): start all nodes" in said
 
 
+def test_every_node_says_why_a_run_is_not_resumed(server: Server, tmp_path: Path) -> None:
+    port, flags = free_port(), ("--resume_from_checkpoint", str(tmp_path / "nowhere"))
+    second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port)
+    first = start(server, tmp_path, *flags, nodes=2, node=0, processes=1, port=port)
+    for process, status in ((first, 2), (second, 1)):
+        _, said = process.communicate(timeout=DEADLINE)
+        assert process.returncode == status
+        assert f"--resume_from_checkpoint {tmp_path}/nowhere: no checkpoint is there" in said
+
+
 def test_ctrl_c_saves_what_there_is(server: Server, tmp_path: Path) -> None:
     running = start(server, tmp_path, steps=400)
     deadline = time.monotonic() + DEADLINE

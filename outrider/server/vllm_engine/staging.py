@@ -148,6 +148,9 @@ class _Copies:
                 )
         self.targets = [targets[name].data for name in targets]
         self.sources = [sources[name].data for name in targets]
+        # What CUDA loads at the first copy of this kind it loads now, and not while steps wait for the first commit.
+        with torch.inference_mode():
+            torch._foreach_copy_(self.sources, self.targets, non_blocking=True)
 
     def prepare(self) -> None:
         """There is nothing more to do than to load."""
