@@ -11,8 +11,6 @@ from torch import Tensor
 
 #: Tensors begin at multiples of this, bytes.
 _ALIGNMENT = 64
-#: Seconds that others have between two pieces of memory that are pinned.
-_BREATH = 0.001
 
 
 class HostBuffer:
@@ -64,10 +62,11 @@ def pin(memory: Tensor, at_once: int | None = None) -> bool:
     """Register mapped memory with CUDA, whose copies then go at the link's speed. False where that is not to be had:
     they take longer. memory: bytes, [n], from the beginning of a page on.
 
-    at_once: bytes of a piece, of whole pages. While CUDA takes hold of pages, for a tenth of a second a gigabyte, no
-    other thread of the process gets to it; between pieces others do. No copy may then go across the end of a piece.
+    at_once: bytes of a piece, of whole pages. While CUDA takes hold of pages, for 0.1 to 0.3 s a gigabyte, no other
+    thread of the process gets to it; after each piece others have as long. No copy may then go across the end of one.
     """
     for piece in memory.split(at_once or len(memory)):
+        started = time.monotonic()
         if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), len(piece), 0)) != 0:
             # The failure stays CUDA's last error, and the next kernel would be blamed for it.
             with contextlib.suppress(RuntimeError):
@@ -75,12 +74,15 @@ def pin(memory: Tensor, at_once: int | None = None) -> bool:
             if done := piece.data_ptr() - memory.data_ptr():
                 unpin(memory[:done], at_once)
             return False
-        time.sleep(_BREATH)
+        if at_once:
+            time.sleep(time.monotonic() - started)
     return True
 
 
 def unpin(memory: Tensor, at_once: int | None = None) -> None:
     """Take back what :func:`pin` has done with the same arguments."""
     for piece in memory.split(at_once or len(memory)):
+        started = time.monotonic()
         torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
-        time.sleep(_BREATH)
+        if at_once:
+            time.sleep(time.monotonic() - started)

@@ -19,9 +19,6 @@ from outrider.server.vllm_engine.messages import TensorSource
 from outrider.weights.buffers import pin, unpin
 from outrider.weights.checksums import is_gone
 
-#: Bytes of a piece of memory that is pinned in one go.
-_PINNED_AT_ONCE = 4 * CHUNK
-
 #: Path, inode, size, and whether it is to be pinned.
 _File = tuple[str, int, int, bool]
 
@@ -208,8 +205,8 @@ class Sources:
         self._pinned: set[_File] = set()
 
     def of(self, tensors: tuple[TensorSource, ...], pinned: bool) -> dict[str, Published]:
-        """By name. pinned: the memory is registered with CUDA where that is to be had, in pieces, across whose ends no
-        copy goes that is not known beforehand. Raises OSError."""
+        """By name. pinned: the memory is registered with CUDA where that is to be had, in pieces of CHUNK, across whose
+        ends no copy goes that is not known beforehand. Raises OSError."""
         for file in [file for file in self._files if is_gone(*file[:2])]:
             self._forget(file)
         paths = {part.path for source in tensors for part in source.parts}
@@ -233,7 +230,7 @@ class Sources:
         if key not in self._files:
             with open(path, "r+b") as file:
                 whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-            if pinned and pin(whole, _PINNED_AT_ONCE):
+            if pinned and pin(whole, CHUNK):
                 self._pinned.add(key)
             self._files[key] = whole
         return self._files[key]
@@ -242,4 +239,4 @@ class Sources:
         whole = self._files.pop(key)
         if key in self._pinned:
             self._pinned.discard(key)
-            unpin(whole, _PINNED_AT_ONCE)
+            unpin(whole, CHUNK)
