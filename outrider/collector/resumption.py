@@ -23,8 +23,7 @@ def mismatch(path: Path, batches: int, ledger: str) -> str | None:
                 held = held_steps(db)
                 facts = dict(db.execute("SELECT name, value FROM facts"))
     if held < batches:
-        records = f"{held}, enough for an earlier checkpoint" if held else "none"
-        return f"was trained on {batches} batches, of which {path} records {records}"
+        return f"was trained on {batches} batches, of which {path} records {held or 'none'}"
     if facts and ledger and facts.get(ID) != ledger:
         return f"is of another run than the one that {path} records"
     return None

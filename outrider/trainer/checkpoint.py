@@ -81,6 +81,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def list_resumable(output_dir: Path) -> list[Path]:
+    """Those with which a run can go on, oldest first."""
+    return [path for path in list_checkpoints(output_dir) if (path / OPTIMIZER).is_dir()]
+
+
 def earliest_resume(output_dir: Path) -> int | None:
     """The batch with which a run would go on from the oldest checkpoint, from 0; None where there is none to tell."""
     for path in list_checkpoints(output_dir)[:1]:
@@ -97,7 +102,7 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
         saved = list_checkpoints(output_dir)
         if not saved:
             return None
-        path = next((path for path in reversed(saved) if (path / OPTIMIZER).is_dir()), saved[-1])
+        path = (list_resumable(output_dir) or saved)[-1]
     if not (path / _STATE).exists():
         known = ", ".join(str(p) for p in list_checkpoints(output_dir)) or "none"
         raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint is there; those of the run: {known}")

@@ -99,10 +99,13 @@ def test_nothing_is_trained_twice_from_the_very_start(run: Path, tmp_path: Path)
 
 def test_a_ledger_that_ends_too_early_says_from_where_it_can_go_on(run: Path) -> None:
     later = save(run, BATCHES + 1, "")
-    with pytest.raises(
-        UserError, match=r"trained on 7 batches, of which .* records 6, enough for an earlier checkpoint"
-    ):
+    with pytest.raises(UserError) as caught:
         check(run)
+    assert str(caught.value).startswith(
+        f"--resume_from_checkpoint auto: {later} was trained on 7 batches, of which {run / 'ledger.sqlite'} records 6, "
+        f"so that prompts would be trained twice: go on with --resume_from_checkpoint {run / 'checkpoint-12'}, whose "
+        "batches are recorded, or resume with the --output_dir"
+    )
     shutil.rmtree(later)
     check(run)
 
