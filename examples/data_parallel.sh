@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # GPU 0 trains, GPUs 1 and 2 hold a copy of the model each: twice the tokens, behind one port.
 . "$(dirname "$0")/common.sh"
-rollout 1,2 8000 --data_parallel_size 2 "$@"
+rollout 1,2 8000 --data_parallel_size 2
 train 0 --vllm_server_host 127.0.0.1 --vllm_server_port 8000 "$@"
