@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from outrider.cli.gpus import visible_gpus
 from outrider.cli.muster import muster
 from outrider.cli.placement import Placement
 from outrider.contract.errors import UserError
@@ -30,6 +31,7 @@ def launch(placement: Placement, command: list[str]) -> int:
     Raises UserError when the other nodes do not come."""
     # In a container this may be process 1, which the kernel spares what it has no handler for.
     signal.signal(signal.SIGTERM, _stop)
+    check_gpus(placement)
     if placement.nodes > 1:
         muster(placement)
     from torch.distributed import DistNetworkError, DistStoreError
@@ -76,6 +78,15 @@ def launch(placement: Placement, command: list[str]) -> int:
     finally:
         remove_stale_segments()  # of ranks that were killed
     return 0
+
+
+def check_gpus(placement: Placement) -> None:
+    """Raises UserError where processes would have to share GPUs, before other nodes begin to wait for them."""
+    if 0 < (shown := visible_gpus(os.environ)) < placement.processes:
+        raise UserError(
+            f"NPROC_PER_NODE={placement.processes}: {shown} GPUs are shown here, and each process needs its own; start "
+            "as many processes, or show more GPUs (CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -61,9 +61,9 @@ def find_placement(
     else:
         shown = gpus(environment)
         processes, why = max(shown, 1), f"GPUs shown here: {shown}; NPROC_PER_NODE says otherwise"
+    node = _node(environment, nodes)
     if nodes * processes == 1:
         return Placement(1, why=why)
-    node = _node(environment, nodes)
     address = environment.get("MASTER_ADDR", "")
     if nodes > 1 and not address:
         raise UserError(
@@ -80,7 +80,8 @@ def _node(environment: Mapping[str, str], nodes: int) -> int:
             return 0
         raise UserError(f"NNODES={nodes} and NODE_RANK is not set: give each node its own, from 0 to {nodes - 1}")
     if not text.isdecimal() or int(text) >= nodes:
-        raise UserError(f"NODE_RANK={text}: expected a whole number from 0 to {nodes - 1}, since NNODES={nodes}")
+        known = f"NNODES={nodes}" if "NNODES" in environment else "NNODES is not set: set it on all nodes"
+        raise UserError(f"NODE_RANK={text}: expected a whole number from 0 to {nodes - 1}, since {known}")
     return int(text)
 
 

@@ -162,7 +162,7 @@ class CollectorProcess:
             return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
         pool = Pool(servers, spec.run_id, spec.staleness.request_retries, self._changed, decode)
-        ledger = Ledger(Path(spec.ledger), ledger_facts(spec, train), resume=spec.resume)
+        ledger = Ledger(Path(spec.ledger), ledger_facts(spec, train, expected), resume=spec.resume)
         self.closers.callback(ledger.close)
         loop = asyncio.get_running_loop()
         pruner = Pruner(ledger, spec.ledger_keep_steps, lambda text: loop.call_soon_threadsafe(self._notice, text))

@@ -141,9 +141,11 @@ def evaluation_template(spec: CollectorSpec) -> CompletionRequest:
     )
 
 
-def ledger_facts(spec: CollectorSpec, prompts: PromptSet) -> dict[str, str]:
-    """What must be the same for a run to go on with its ledger."""
+def ledger_facts(spec: CollectorSpec, prompts: PromptSet, expected: Expected) -> dict[str, str]:
+    """What must be the same for a run to go on with its ledger, also where it has no checkpoint yet."""
     return {
+        "model_fingerprint": expected.model_fingerprint,
+        "tokenizer_hash": expected.tokenizer_hash,
         "seed": str(spec.seed),
         "dataset": prompts.fingerprint(),
         "dataset_shuffle": str(spec.data.dataset_shuffle).lower(),

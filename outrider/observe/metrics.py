@@ -17,14 +17,23 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
+        self.path = path
         self._cut_torn_line()
+        self._file = path.open("ab", buffering=0)
         self._encoder = msgspec.json.Encoder()
 
     def write(self, row: MetricsRow) -> None:
-        """Append one row. Values that are not finite become null, which ``read_metrics`` reads as nan."""
-        self._file.write(self._encoder.encode(row) + b"\n")
-        self._file.flush()
+        """Append one row. Values that are not finite become null, which ``read_metrics`` reads as nan. Raises
+        UserError."""
+        line = self._encoder.encode(row) + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}; free space there, then go on with "
+                "--resume_from_checkpoint auto"
+            ) from error
 
     def close(self) -> None:
         """Close the file; closing twice does no harm."""
@@ -40,13 +49,11 @@ class MetricsWriter:
 
     def _cut_torn_line(self) -> None:
         # A killed run may have left half a line, to which the first row of the resumed run would be glued.
-        self._file.seek(0)
-        complete = 0
-        for line in self._file:
-            complete += len(line) if line.endswith(b"\n") else 0
-        self._file.seek(0, os.SEEK_END)
-        if self._file.tell() > complete:
-            self._file.truncate(complete)
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            complete = sum(len(line) for line in file if line.endswith(b"\n"))
+            if file.seek(0, os.SEEK_END) > complete:
+                file.truncate(complete)
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:

@@ -25,7 +25,8 @@ _SHARD_SIZE = "5GB"
 
 class TrainerState(msgspec.Struct, kw_only=True):
     """What goes on in a resumed run. step: optimizer steps taken; version: batches trained; time: seconds of training
-    before. ledger: id of the one that has these batches; empty in checkpoints of versions that did not keep it."""
+    before. ledger: id of the one that has these batches; model: what the run was started with; both empty in
+    checkpoints of versions that did not keep them."""
 
     step: int
     version: int
@@ -33,6 +34,7 @@ class TrainerState(msgspec.Struct, kw_only=True):
     time: float
     model_fingerprint: str
     ledger: str = ""
+    model: str = ""
 
 
 def write_model(
@@ -129,12 +131,13 @@ def is_model(path: Path) -> bool:
     return (path / "model.safetensors").exists()
 
 
-def load_state(path: Path, fingerprint: str) -> TrainerState:
-    """The state of a checkpoint. Raises UserError when it is of another model or cannot be read."""
+def load_state(path: Path, model: str, fingerprint: str) -> TrainerState:
+    """The state of a checkpoint. model: that of this run, which has ``fingerprint``. Raises UserError when it is of
+    another one or cannot be read."""
     state = read_state(path)
     if state.model_fingerprint != fingerprint:
         raise UserError(
-            f"checkpoint {path} is of a model with fingerprint {state.model_fingerprint}, --model has {fingerprint}: "
-            "resume with the model that the run was started with"
+            f"checkpoint {path} is of {state.model or 'another model'} (fingerprint {state.model_fingerprint}), this "
+            f"run has --model {model} (fingerprint {fingerprint}): resume with the model that the run was started with"
         )
     return state

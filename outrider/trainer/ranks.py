@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import functools
 import os
 import signal
 import socket
@@ -71,10 +72,7 @@ class Ranks:
                 torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         #: Whether the other ranks wait for an order, and are not in the middle of something, or gone.
         self.listening = self.size > 1
-        #: Of ranks that share what they have: one dimension, or copies x ranks.
-        self.mesh: DeviceMesh | None = None
-        #: The same ranks as shards x peers, or copies x shards x peers; None without peers.
-        self.peer_mesh: DeviceMesh | None = None
+        self._device = "cuda" if on_gpu else "cpu"
         #: Ranks that compute every layer together, from the same micro-batches, and which of them this one is.
         self.peers, self.peer = peers, self.rank % peers
         #: How many micro-batches are computed at a time, and which of them this rank computes.
@@ -84,41 +82,50 @@ class Ranks:
         self.shards = self.size
         if not shard_across_nodes:
             self.shards = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            if self.size % self.shards:
-                raise UserError(
-                    f"--shard_across_nodes false: {self.size} processes are not {self.shards} on each node; give every "
-                    "node as many (NPROC_PER_NODE)"
-                )
         self._heartbeat: Heartbeat | None = None
         if self.size > 1:
             die_with_parent(signal.SIGTERM)
             with _ended_by_signals():
-                self._join("cuda" if on_gpu else "cpu")
+                self._join()
         elif shard_alone or on_gpu:
             dist.init_process_group(_backend(on_gpu), store=dist.HashStore(), rank=0, world_size=1)
-            self.mesh = self._mesh("cuda" if on_gpu else "cpu", ranks=1)
 
-    def _join(self, device: str) -> None:
+    def _join(self) -> None:
         patience = datetime.timedelta(seconds=COLLECTIVE)
         if self.several_nodes and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
             # Gloo takes the address of the host's name, which is often 127.0.1.1.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
-            dist.init_process_group(_backend(device == "cuda"), timeout=patience)
-            self.mesh = self._mesh(device, ranks=self.shards)
-            if self.peers > 1:
-                self.peer_mesh = self._mesh(device, shards=self.shards // self.peers, peers=self.peers)
+            dist.init_process_group(_backend(self._device == "cuda"), timeout=patience)
             self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
         except RuntimeError as error:
             raise UserError(
                 f"rank {self.rank} on node {self.node} could not join the others: {str(error).splitlines()[0]}"
             ) from error
 
-    def _mesh(self, device: str, **sizes: int) -> DeviceMesh:
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """Of ranks that share what they have: one dimension, or copies x ranks; None where there is nobody to share
+        with. All ranks make it together when they lay out the model, and no earlier: ranks that were told to share
+        differently would wait for each other without end, and have to compare what they were told first. Raises
+        UserError where nodes have not as many processes each."""
+        if self.size % self.shards:
+            raise UserError(
+                f"--shard_across_nodes false: {self.size} processes are not {self.shards} on each node; give every "
+                "node as many (NPROC_PER_NODE)"
+            )
+        return self._mesh(ranks=self.shards) if dist.is_initialized() else None
+
+    @functools.cached_property
+    def peer_mesh(self) -> DeviceMesh | None:
+        """The same ranks as shards x peers, or copies x shards x peers; None without peers."""
+        return self._mesh(shards=self.shards // self.peers, peers=self.peers) if self.peers > 1 else None
+
+    def _mesh(self, **sizes: int) -> DeviceMesh:
         """Of all ranks, where ``sizes`` by name are the dimensions of one copy of the model."""
         if (copies := self.size // self.shards) > 1:
             sizes = {"copies": copies} | sizes
-        return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return init_device_mesh(self._device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     @property
     def several_nodes(self) -> bool:

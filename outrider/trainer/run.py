@@ -140,14 +140,15 @@ class Trainer:
         if checkpoint is not None:
             # Against --model, which the servers serve: the checkpoint's own configuration would always agree.
             asked = load_config(spec.model, spec.model.model)
-            state = load_state(checkpoint, model_fingerprint(asked.to_dict()))
+            state = load_state(checkpoint, spec.model.model, model_fingerprint(asked.to_dict()))
         tokenizer = load_tokenizer(spec.model)
         with self.ranks.together(encode(Load(spec.run_id, None if checkpoint is None else str(checkpoint)))):
             self.parts = load_parts(spec, self.ranks, checkpoint)
         policy, optimizer = self.parts.policy, self.parts.optimizer
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
         self.ready = self.link.ready(deadline=24 * 3600.0)
-        self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks, self.ready.ledger)
+        about = self.ready.ledger, spec.model.model
+        self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks, *about)
         self.closers.callback(self.saver.close)
         if state is not None:
             self.step, self.version, self.time_before = state.step, state.version, state.time

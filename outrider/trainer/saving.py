@@ -171,11 +171,12 @@ class Saver:
         config: RunConfig,
         ranks: Ranks,
         ledger: str = "",
+        model: str = "",
     ) -> None:
-        """ledger: id of the run's ledger."""
+        """ledger: id of the run's ledger. model: what the run was started with."""
         self.output_dir, self.policy, self.optimizer = output_dir, policy, optimizer
         self.tokenizer, self.config = tokenizer, config
-        self._ranks, self._ledger = ranks, ledger
+        self._ranks, self._ledger, self._model = ranks, ledger, model
         self._writer = RowWriter(policy, optimizer, ranks)
         self.saved_step = -1
         self._number = 0
@@ -198,6 +199,7 @@ class Saver:
             time=seconds,
             model_fingerprint=self.policy.fingerprint,
             ledger=self._ledger,
+            model=self._model,
         )
         begin = self._begin_model if self.config.save_only_model else self._begin_rows
         try:

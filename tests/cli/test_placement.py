@@ -1,6 +1,8 @@
 import pytest
 
+import outrider.cli.launch
 from outrider.cli.gpus import count_visible
+from outrider.cli.launch import check_gpus
 from outrider.cli.placement import Placement, find_placement
 from outrider.contract.errors import UserError
 
@@ -91,6 +93,8 @@ def test_visible_gpus(present: int, named: str | None, count: int) -> None:
         ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK is not set: give each node its own, from 0 to 1"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: expected a whole number from 0 to 1"),
         ({"NNODES": "2", "NODE_RANK": "-1", "MASTER_ADDR": "a"}, "NODE_RANK=-1: expected"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1: expected a whole number from 0 to 0, since NNODES is not set: set it"),
+        ({"NODE_RANK": "1", "NPROC_PER_NODE": "1"}, "since NNODES is not set"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT=x: expected a port"),
     ],
@@ -98,6 +102,18 @@ def test_visible_gpus(present: int, named: str | None, count: int) -> None:
 def test_what_is_wrong_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_placement(environment, lambda environment: 8)
+
+
+@pytest.mark.parametrize(("shown", "fits"), [(0, True), (1, False), (4, True), (8, True)])
+def test_processes_do_not_share_gpus(shown: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they do."""
+    monkeypatch.setattr(outrider.cli.launch, "visible_gpus", lambda environment: shown)
+    placement = find_placement({"NPROC_PER_NODE": "4"})
+    if fits:
+        check_gpus(placement)
+    else:
+        with pytest.raises(UserError, match=r"NPROC_PER_NODE=4: 1 GPUs are shown here, .* \(CUDA_VISIBLE_DEVICES\)"):
+            check_gpus(placement)
 
 
 def test_processes_that_compute_layers_together_are_on_one_node() -> None:

@@ -43,7 +43,7 @@ from outrider.contract.feed import (
 from outrider.environments.single_turn import SingleTurn
 from outrider.rewards.settings import RewardSettings
 from tests.collector.build import collector_spec
-from tests.collector.servers import KEY, PATIENCE, Rig, RolloutProcess, Weights, rig, until
+from tests.collector.servers import KEY, PATIENCE, Rig, RolloutProcess, Weights, expected, rig, until
 
 REWARDS = '''
 import asyncio
@@ -84,7 +84,7 @@ class Run:
         if not plugin.exists():
             plugin.write_text(REWARDS)
         self.rewards = RewardRunner([f"{plugin}:scripted"], RewardSettings(), [], 60.0, 1)
-        self.ledger = Ledger(directory / "ledger.sqlite", ledger_facts(spec, self.prompts), spec.resume)
+        self.ledger = Ledger(directory / "ledger.sqlite", ledger_facts(spec, self.prompts, expected()), spec.resume)
         self.collector = Collector(
             spec, self.prompts, made.pool, self.rewards, SingleTurn(), self.ledger, sampling_template(spec), self.send
         )

@@ -28,6 +28,14 @@ def test_a_row_is_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer, open("/dev/full", "ab", buffering=0) as full:
+        writer._file.close()
+        writer._file = full
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device; free space th"):
+            writer.write(make_step(1))
+
+
 def test_values_that_are_not_finite_come_back_as_nan(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", make_step(1, loss=math.nan, grad_norm=math.inf, rewards={"a": math.nan}))
     (step,) = steps_of(read_metrics(tmp_path / "metrics.jsonl"))

@@ -22,7 +22,9 @@ from outrider.trainer.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_state,
+    read_state,
     write_model,
+    write_state,
 )
 from outrider.trainer.config import OptimizerConfig, RunConfig
 from outrider.trainer.directories import SaveFailed, tidy, write_directory
@@ -102,7 +104,7 @@ def test_what_was_saved_is_what_is_loaded(
     path = save(3)
     assert path == tmp_path / "checkpoint-3"
     assert names(tmp_path) == ["checkpoint-3"]
-    assert load_state(path, policy.fingerprint) == state_of(3, policy)
+    assert load_state(path, "a", policy.fingerprint) == state_of(3, policy)
 
     found, other = resumed(path, model)
     assert equal(model_tensors(found.model), model_tensors(policy.model))
@@ -168,7 +170,7 @@ def test_saving_a_step_again_replaces_it(save: Any, policy: Policy, tmp_path: Pa
     save(2)
     assert names(tmp_path) == ["checkpoint-2"]
     assert not (path / "left-over").exists()
-    assert load_state(path, policy.fingerprint).step == 2
+    assert load_state(path, "a", policy.fingerprint).step == 2
 
 
 def test_auto_without_any_checkpoint_begins_anew(tmp_path: Path) -> None:
@@ -206,8 +208,11 @@ def test_checkpoints_of_the_former_format_are_refused(save: Any, tmp_path: Path)
 
 def test_another_model_is_refused(save: Any) -> None:
     path = save(1)
-    with pytest.raises(UserError, match=r"is of a model with fingerprint .*, --model has 1234"):
-        load_state(path, "1234")
+    with pytest.raises(UserError, match=r"is of another model \(fingerprint .*\), this run has --model b \(finger"):
+        load_state(path, "b", "1234")
+    write_state(path, msgspec.structs.replace(read_state(path), model="Qwen/a"))
+    with pytest.raises(UserError, match=r"checkpoint-1 is of Qwen/a \(fingerprint "):
+        load_state(path, "b", "1234")
 
 
 def test_another_shape_is_refused(save: Any, tmp_path: Path) -> None:
@@ -226,7 +231,7 @@ def test_broken_files_are_named(save: Any, policy: Policy, model: Path) -> None:
         resumed(path, model)
     (path / "outrider_state.json").write_text('{"step": 1')
     with pytest.raises(UserError, match=r"outrider_state.json cannot be read"):
-        load_state(path, policy.fingerprint)
+        load_state(path, "a", policy.fingerprint)
 
 
 def test_what_a_killed_process_left_is_put_in_order(save: Any, tmp_path: Path) -> None:

@@ -154,6 +154,34 @@ def test_a_node_with_another_parameter_is_named(server: Server, tmp_path: Path) 
         assert "--learning_rate is 0.001 on node 1 (rank 1) and 0.0005 on node 0 (rank 0): start all nodes" in said
 
 
+def test_a_node_that_shares_otherwise_is_named(server: Server, tmp_path: Path) -> None:
+    """Before anything is made that depends on it, in which one would wait for the other."""
+    port = free_port()
+    second = start(server, tmp_path, "--shard_across_nodes", "false", nodes=2, node=1, processes=1, port=port)
+    first = start(server, tmp_path, nodes=2, node=0, processes=1, port=port)
+    for process in (first, second):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "--shard_across_nodes is False on node 1 (rank 1) and True on node 0 (rank 0): start all nodes" in said
+
+
+def test_a_rank_that_is_killed_on_another_node_is_named(server: Server, tmp_path: Path) -> None:
+    port = free_port()
+    second = start(server, tmp_path, nodes=2, node=1, processes=1, port=port, steps=400)
+    first = start(server, tmp_path, nodes=2, node=0, processes=1, port=port, steps=400)
+    deadline = time.monotonic() + DEADLINE
+    while len(rows(tmp_path)) < 4:
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(ranks_of(second.pid)["1"], signal.SIGKILL)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert "rank 0 on node 0 ends: rank 1 on node 1" in said
+    _, said = second.communicate(timeout=60)
+    assert "rank 1 on node 1 ended with signal 9, and the run with it" in said
+
+
 def test_every_node_says_why_a_run_is_not_resumed(server: Server, tmp_path: Path) -> None:
     port, flags = free_port(), ("--resume_from_checkpoint", str(tmp_path / "nowhere"))
     second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port)

@@ -59,16 +59,17 @@ async def test_every_logprob_is_reproduced(
 ) -> None:
     """Requests of many lengths that share prefixes, some of them streams, more than run at once, over many commits."""
     models = [reference(endless(0)), reference(endless(1))]
-    server = start_endless()
+    # Blocks of the prefix cache shorter than what prompts share; a CPU's are of 128 tokens otherwise.
+    server = start_endless("--engine_kwargs", '{"block_size": 32}')
     source = random.Random(5)
     asked: list[tuple[dict[str, Any], asyncio.Task[list[CompletionChoice]]]] = []
     async with Client(server.url, KEY) as client:
         info = await client.get(routes.INFO, ServerInfo)
-        roots = [[source.randrange(3, 99) for _ in range(40)] for _ in range(3)]
+        roots = [[source.randrange(3, 99) for _ in range(80)] for _ in range(3)]
 
         def ask(count: int) -> None:
             for _ in range(count):
-                prompt = [*source.choice(roots)[: source.randrange(20, 40)], source.randrange(3, 99)]
+                prompt = [*source.choice(roots)[: source.randrange(20, 80)], source.randrange(3, 99)]
                 fields = {"prompt": prompt, "n": 2, "max_tokens": source.randrange(20, 160), "ignore_eos": True}
                 request = client.choices(**fields) if source.random() < 0.5 else streamed(client, **fields)
                 asked.append((fields, asyncio.create_task(request)))
@@ -86,6 +87,7 @@ async def test_every_logprob_is_reproduced(
                 await client.commit(manifest, policy)
             ask(2)
             done = [(fields, choice) for fields, task in asked for choice in await task]
+        assert await client.metric("vllm:prefix_cache_hits_total") > 0  # within a version
     by_version = [models[version % 2] for version in range(9)]
     mixed = again = 0
     for fields, choice in done:
