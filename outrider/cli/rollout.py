@@ -7,9 +7,15 @@ from outrider.cli.flag_help import help_text
 from outrider.cli.flags import FlagSet, Parsed, asks_for_help
 from outrider.cli.swift_flags import ROLLOUT_FLAGS
 from outrider.contract.errors import UserError
-from outrider.contract.output import show
+from outrider.contract.output import say, show
 from outrider.server.config import EngineChoice, RolloutConfig
-from outrider.server.vllm_engine.command import check_installed, engines_per_device, vllm_command, vllm_version
+from outrider.server.vllm_engine.command import (
+    check_installed,
+    engines_per_device,
+    lacks_gpu,
+    vllm_command,
+    vllm_version,
+)
 
 ROLLOUT = FlagSet(
     "outrider rollout",
@@ -74,8 +80,15 @@ def start(config: RolloutConfig) -> int:
 def _dry_command(config: RolloutConfig) -> str:
     from outrider.server.vllm_engine.launcher import describe_command, visible_gpus
 
-    check_installed()
+    _warn(check_installed())
     gpus = visible_gpus()
+    _warn(lacks_gpu(gpus))
     count = engines_per_device(config, gpus)
     described = describe_command(vllm_command(config, config.host, config.port, "", "DIRECTORY", gpus, count))
-    return described if count == 1 else f"{count} servers like this one, on ports of their own\n{described}"
+    several = f"; {count} servers like this one, each on a loopback port of its own behind {config.host}:{config.port}"
+    return f"# DIRECTORY is made at the start{several if count > 1 else ''}\n{described}"
+
+
+def _warn(warning: str | None) -> None:
+    if warning:
+        say(f"outrider: warning: {warning}")

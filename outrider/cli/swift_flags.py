@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from outrider.server.vllm_engine.further_arguments import SEVERAL_TOKENS
+
 
 class SwiftFlag(msgspec.Struct, frozen=True):
     """What becomes of a flag."""
@@ -66,9 +68,7 @@ ROLLOUT_FLAGS: Mapping[str, SwiftFlag] = _SHARED | {
     "vllm_pipeline_parallel_size": _refused(_PIPELINE, _ONE),
     "pipeline_parallel_size": _refused(_PIPELINE, _ONE),
     "vllm_enable_expert_parallel": _refused("mixtures of experts cannot take new weights while they run", _OFF),
-    "vllm_speculative_config": _unused(
-        "speculation changes speed and not what is sampled, and a draft model would not follow the weights", _NONE
-    ),
+    "vllm_speculative_config": _refused(f"{SEVERAL_TOKENS}; leave it out", _NONE),
     "vllm_use_async_engine": _unused("the server always takes requests as they come", _ON),
     "vllm_max_lora_rank": _unused("there are no adapters here"),
     "vllm_enable_lora": _refused(_ADAPTER, _OFF),

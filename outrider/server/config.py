@@ -24,7 +24,8 @@ class RolloutConfig(Section):
     port: Annotated[int, option("Port to listen on; a taken port is an error", ge=0, le=65535)] = 8000
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2)] | None,
-        option("Longest prompt plus completion in tokens (default: what the model was made for, at most 4096)",
+        option("Longest prompt plus completion in tokens (default: what the model was made for; torch: "
+               "at most 4096)",
                aliases=("vllm_max_model_len",)),
     ] = None  # fmt: skip
     max_num_seqs: Annotated[
@@ -94,7 +95,7 @@ class RolloutConfig(Section):
     engines_per_device: Annotated[
         PositiveInt | None,
         option("vllm: servers that share the devices, each with its own copy of the weights (default: 2 for models of "
-               "up to 2.5 GiB on GPUs, else 1)"),
+               "up to 2.5 GiB on GPUs with room for both, without tensor parallelism, else 1)"),
     ] = None  # fmt: skip
     enforce_eager: Annotated[
         bool | None,
@@ -108,5 +109,7 @@ class RolloutConfig(Section):
         str, option("vllm: JSON object of further engine arguments by name, which win over those that follow from "
                     "other flags", aliases=("vllm_engine_kwargs",))
     ] = "{}"  # fmt: skip
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("What the server logs")] = "info"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("What the server logs, and vLLM")] = (
+        "info"
+    )
     dry_run: Annotated[bool, option("Print the resolved configuration and exit")] = False

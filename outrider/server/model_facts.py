@@ -87,6 +87,14 @@ def weight_bytes(model_config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return int((layers * (4 * hidden**2 + 3 * hidden * inner) + 2 * model_config.vocab_size * hidden) * dtype.itemsize)
 
 
+def sequence_bytes(model_config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Of the keys and values of a sequence, from the dimensions of a dense decoder."""
+    heads = model_config.num_attention_heads
+    kept = getattr(model_config, "num_key_value_heads", None) or heads
+    size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    return 2 * model_config.num_hidden_layers * kept * size * dtype.itemsize * tokens
+
+
 def stop_tokens(*declared: int | list[int] | None) -> set[int]:
     """End-of-text tokens that generation configuration and tokenizer declare."""
     stops: set[int] = set()

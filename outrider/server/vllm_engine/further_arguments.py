@@ -7,6 +7,9 @@ import msgspec
 from outrider.contract.errors import UserError
 from outrider.server.config import RolloutConfig
 
+#: Why a step samples one token of a sequence.
+SEVERAL_TOKENS = "with several tokens a step it cannot be said which weights sampled one"
+
 #: Engine arguments that cannot be given, with the reason.
 _REFUSED: dict[tuple[str, ...], str] = {
     (
@@ -22,7 +25,7 @@ _REFUSED: dict[tuple[str, ...], str] = {
        "known to this server",
     (
         "speculative_config", "spec_method", "spec_model", "spec_tokens", "diffusion_config",
-    ): "with several tokens a step it cannot be said which weights sampled one",
+    ): SEVERAL_TOKENS,
     ("logits_processors",): "tokens have to be drawn from the model's own distribution, which is what is trained",
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ import uvloop
 from outrider.contract import routes
 from outrider.contract.control import ServerInfo
 from outrider.contract.errors import UserError
+from outrider.contract.output import say
 from outrider.server.config import RolloutConfig
 from outrider.server.connections import http_settings
 from outrider.server.ready import ready_message
@@ -56,9 +57,8 @@ def visible_gpus() -> list[int]:
 def serve_vllm(config: RolloutConfig, listener: socket.socket, key: str) -> int:
     """Run vLLM's server, or several behind a router, until it is told to stop. Returns the exit status. listener:
     holds the port until vLLM takes it over, or serves the router. Raises UserError."""
-    warning = check_installed()
-    if warning:
-        log.warning("%s", warning)
+    if warning := check_installed():
+        say(f"outrider: warning: {warning}")
     host, port = listener.getsockname()[:2]
     gpus = visible_gpus()
     count = engines_per_device(config, gpus)
