@@ -13,12 +13,14 @@ def check_resume(config: RunConfig) -> None:
     one that has its batches."""
     if config.resume_from_checkpoint is None:
         return
-    from outrider.trainer.checkpoint import find_checkpoint, is_model
+    from outrider.collector.resumption import mismatch
+    from outrider.trainer.checkpoint import find_checkpoint, is_model, read_state
 
     checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
     if checkpoint is None:
         return
-    problem = _problem(checkpoint, config)
+    state = read_state(checkpoint)
+    problem = mismatch(ledger_path(config), state.version, state.ledger)
     if problem is None:
         return
     fitting = _newest_that_fits(config)
@@ -31,21 +33,15 @@ def check_resume(config: RunConfig) -> None:
     )
 
 
-def _problem(checkpoint: Path, config: RunConfig) -> str | None:
-    from outrider.collector.resumption import mismatch
-    from outrider.trainer.checkpoint import read_state
-
-    state = read_state(checkpoint)
-    return mismatch(ledger_path(config), state.version, state.ledger)
-
-
 def _newest_that_fits(config: RunConfig) -> Path | None:
     """Of the run's own checkpoints with a batch behind them: after a power cut the ledger may lack what was written
     last."""
+    from outrider.collector.resumption import mismatch
     from outrider.trainer.checkpoint import list_resumable, read_state
 
     for path in reversed(list_resumable(Path(config.output_dir))):
         with contextlib.suppress(UserError):  # it cannot be read
-            if read_state(path).version and _problem(path, config) is None:
+            state = read_state(path)
+            if state.version and mismatch(ledger_path(config), state.version, state.ledger) is None:
                 return path
     return None

@@ -147,8 +147,10 @@ class Trainer:
         policy, optimizer = self.parts.policy, self.parts.optimizer
         # Servers have --vllm_server_timeout to come up; the collector reports when that has passed.
         self.ready = self.link.ready(deadline=24 * 3600.0)
-        about = self.ready.ledger, spec.model.model
-        self.saver = Saver(self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks, *about)
+        self.saver = Saver(
+            self.output_dir, policy, optimizer, tokenizer, spec.run, self.ranks,
+            ledger=self.ready.ledger, model=spec.model.model,
+        )  # fmt: skip
         self.closers.callback(self.saver.close)
         if state is not None:
             self.step, self.version, self.time_before = state.step, state.version, state.time
