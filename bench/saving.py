@@ -1,12 +1,13 @@
 """What periodic checkpoints cost of the time of steps, with one trainer process and with two.
 
-    python bench/saving.py [--processes 1 2] [--window 3] [--rounds 16] [--rollouts 32] [--tokens 64]
+    python bench/saving.py [--processes 1 2] [--window 3] [--rounds 16] [--rollouts 32] [--tokens 64] [--shape 0.6B]
 
-A trainer of 4.8 million parameters takes steps on random rollouts, without servers. In windows of so many steps, in
-turn one without and one whose first step is followed by a checkpoint, which is copied and written while the others run.
-What a save loses is the difference between neighbours, its median and quartiles: windows are short, since the machine
-changes its pace within a minute by more than a save costs. The cost is that of checkpoints a window apart. Every rank
-has one thread. Prints a table and, last, one line of JSON.
+A trainer of 4.8 million parameters, or of random weights in a shape of Qwen3, takes steps on random rollouts, without
+servers. In windows of so many steps, in turn one without and one whose first step is followed by a checkpoint, which is
+copied and written while the others run. What a save loses is the difference between neighbours, its median and
+quartiles: windows are short, since the machine changes its pace within a minute by more than a save costs. The cost is
+that of checkpoints a window apart. The first save, for which memory is taken, is told apart. Every rank has one thread.
+Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from outrider.cli.entry import leave
 
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 HERE = Path(__file__).resolve()
 WARM_UP = 3
 
@@ -53,9 +55,10 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     ranks = Ranks()
+    on_gpu = torch.cuda.is_available()
     policy = Policy(ModelConfig(model=str(model)), str(model), 1.0, 2048, trainable=True, ranks=ranks)
     optimizer = make_optimizer(policy.model, OptimizerConfig())
-    config = BatchConfig(per_device_train_batch_size=8)
+    config = BatchConfig(max_tokens_per_micro_batch=16384) if on_gpu else BatchConfig(per_device_train_batch_size=8)
     loss = LossSpec(loss_type="dapo", beta=0.0, max_completion_length=options.tokens)
     computer = StepComputer(policy, None, loss, config, "token_truncate", 2.0, 1.0, ranks)
     draw = np.random.default_rng(0)
@@ -89,6 +92,8 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
         waited = time.monotonic() - started
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
         return waited
 
     def begin(number: int) -> None:
@@ -102,7 +107,7 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
     for _ in range(WARM_UP):
         step()
     found: dict[str, list[float]] = {"without": [], "with": [], "waited": [], "save": []}
-    for number in range(2 * options.rounds):
+    for number in range(2 * (options.rounds + 1)):
         saves = number % 2 == 1
         waited = begun = took = 0.0
         started = time.monotonic()
@@ -123,10 +128,21 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
             found["save"].append(took)
     if saver is not None:
         saver.close()
+        found["first"] = [found["with"].pop(0) - found["without"].pop(0)]
         print(json.dumps(found), flush=True)
     else:
         writer.close()
     ranks.close()
+
+
+def make_model(directory: Path, shape: str | None) -> Path:
+    """Random weights of so many parameters, of the small model where no shape is given."""
+    if shape is None:
+        return save_bench_model(directory)
+    from trainer import random_weights
+    from vllm_servers import save_shape
+
+    return random_weights(save_shape(directory, shape))
 
 
 def main() -> None:
@@ -137,6 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16, help="windows of each kind")
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--shape", help="of the model, for a GPU; see bench/gpu/vllm_servers.py")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
@@ -146,6 +163,7 @@ def main() -> None:
         "processes",
         "step",
         "lost by a save",
+        "by the first",
         "half of them",
         "cost",
         "waited for the copy",
@@ -153,7 +171,7 @@ def main() -> None:
     )
     summary = {}
     with tempfile.TemporaryDirectory() as place:
-        model = save_bench_model(Path(place) / "model")
+        model = make_model(Path(place) / "model", options.shape)
         for processes in options.processes:
             directory = Path(place) / f"run-{processes}"
             directory.mkdir()
@@ -173,7 +191,8 @@ def main() -> None:
             cost = lost / 1e3 / (options.window * step)
             waited, whole = statistics.median(found["waited"]), statistics.median(found["save"])
             table.add_row(
-                str(processes), f"{step * 1e3:.1f} ms", f"{lost:.0f} ms", f"{low:.0f} to {high:.0f} ms", f"{cost:+.2%}",
+                str(processes), f"{step * 1e3:.1f} ms", f"{lost:.0f} ms", f"{found['first'][0] * 1e3:.0f} ms",
+                f"{low:.0f} to {high:.0f} ms", f"{cost:+.2%}",
                 f"{waited * 1e3:.1f} ms", f"{whole:.2f} s",
             )  # fmt: skip
             summary[f"processes_{processes}"] = {
@@ -182,10 +201,13 @@ def main() -> None:
                 "lost_ms_per_save": round(lost, 1),
                 "lost_ms_quartiles": [round(low, 1), round(high, 1)],
                 "copy_wait_ms": round(waited * 1e3, 2),
+                "first_ms": round(found["first"][0] * 1e3, 1),
                 "save_seconds": round(whole, 3),
             }
     Console(highlight=False).print(table)
-    print(json.dumps({"window": options.window, "rounds": options.rounds, **summary, **about()}))
+    print(
+        json.dumps({"shape": options.shape, "window": options.window, "rounds": options.rounds, **summary, **about()})
+    )
 
 
 if __name__ == "__main__":

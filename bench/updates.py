@@ -112,16 +112,25 @@ def staged_update(url: str, manifest: Manifest, inflight: Inflight = "keep") -> 
     return status, (began, time.monotonic())
 
 
+#: Seconds around the beginning of a stream. The load's sequences end together, and so many new prompts are read then.
+BEGINNING = 0.5
+
+
 def longest_gaps(arrivals: list[list[float]], windows: list[Window]) -> list[float]:
-    """The longest gap between two tokens within each window, less the usual one there, ms: medians over the streams."""
+    """The longest gap between two tokens within each window, less the usual one there, ms: medians over the streams.
+    Not while new sequences begin, when all others wait longer than for anything else."""
+    begins = np.array([times[0] for times in arrivals])
     found = []
     for start, end in windows:
         gaps = []
         for times in map(np.asarray, arrivals):
             first, last = np.searchsorted(times, (start, end))
             if last - first > 2 and last < len(times):
-                around = np.diff(times[first - 1 if first else 0 : last + 1])
-                gaps.append(around.max() - float(np.median(around)))
+                chosen = times[first - 1 if first else 0 : last + 1]
+                around = np.diff(chosen)
+                undisturbed = np.abs(chosen[1:, None] - begins).min(1) > BEGINNING
+                if undisturbed.any():
+                    gaps.append(around[undisturbed].max() - float(np.median(around)))
         if gaps:
             found.append(1000 * statistics.median(gaps))
     return found

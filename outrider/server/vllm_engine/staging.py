@@ -54,6 +54,9 @@ class Shadow:
         self._layout = {name: (dtype, shape) for name, shape in shapes.items()}
         #: How versions of this layout are copied; None where vLLM has to load them.
         self._plan = self._record()
+        # CUDA loads these kernels now, and not beside the engine's steps.
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            all_finite(self.model.parameters())
 
     def load(self, tensors: tuple[TensorSource, ...]) -> bool:
         """Fill the shadow, on any thread but that of the engine's steps. Returns whether that was done by known copies,
@@ -66,8 +69,7 @@ class Shadow:
                 known.run(published)
             else:
                 self._load_by_vllm((name, tensor.whole()) for name, tensor in published.items())
-            finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()])
-            self._staged_finite = bool(finite.all())
+            self._staged_finite = all_finite(self.model.parameters())
             self.swap.prepare()
         if self._stream is not None:
             self._stream.synchronize()
@@ -108,6 +110,13 @@ class Shadow:
         for cache in self._runner.kv_caches:
             found += cache if isinstance(cache, list | tuple) else [cache]
         return found
+
+
+def all_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether no value is infinite or not a number: the least and the greatest would not be finite either. So memory is
+    needed for these alone, and not for a copy of the largest parameter."""
+    ends = [torch.isfinite(torch.stack(torch.aminmax(each))).all() for each in parameters if each.numel()]
+    return bool(torch.stack(ends).all()) if ends else True
 
 
 def _another_instance(config: Any, device: torch.device) -> nn.Module:
