@@ -18,7 +18,7 @@ from rich.text import Text
 from outrider.contract.feed import PoolStatus
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent, trend
-from outrider.observe.parts import SERVERS, TRAINER, Parts, one_a_batch, shares
+from outrider.observe.parts import SERVERS, TRAINER, Parts, one_a_batch, sampling_rate, shares
 from outrider.observe.printable import printable
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.sparkline import bar, sparkline, stacked
@@ -31,7 +31,7 @@ _REFRESH_HZ = 2  # as often as the collector sends its status; a rendering takes
 _LABEL = 13  # width of the left column
 _KEPT_NOTICES = 50
 _FRAME = 4  # columns that a card's border and padding take
-_RECENT = 20  # steps that figures of the present are means of
+RECENT = 20  # steps that figures of the present are means of
 
 #: Colours of where time goes: work, then waiting, then the rest.
 _PART_STYLES = {
@@ -69,7 +69,7 @@ class LivePanel:
         self._phase = "starting"
         self._rewards: list[float] = []
         self._held_out: list[float] = []
-        self._recent: deque[StepRecord] = deque(maxlen=_RECENT)
+        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
         self._step: StepRecord | None = None
         self._evaluation: EvalRecord | None = None
         self._pool: PoolStatus | None = None
@@ -226,7 +226,7 @@ class LivePanel:
         return [
             ("length", _joined(number(record.completion_length), longest, f"{percent(record.truncated_share)} cut")),
             ("staleness", _joined(number(record.staleness_mean), oldest, f"K {self._max_staleness}")),
-            ("tokens/s", Text(compact(record.tokens_per_second), style="bold")),
+            ("tokens/s", Text(compact(sampling_rate(self._recent)), style="bold")),
             ("step", _joined(duration(record.seconds), f"train {duration(record.train_seconds)}")),
             ("  batch", _joined(duration(record.batch_seconds), f"pack {duration(record.pack_seconds)}")),
             ("rewards", _joined(rewards, f"waited {duration(record.reward_wait_seconds)}")),

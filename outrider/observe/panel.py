@@ -1,6 +1,7 @@
 """What a person sees of a running job: a live panel on a terminal, plain lines anywhere else."""
 
 import time
+from collections import deque
 from typing import Protocol
 
 from rich.console import Console
@@ -10,7 +11,8 @@ from outrider.contract.feed import PoolStatus
 from outrider.contract.output import drop_output
 from outrider.observe.config import LoggingConfig
 from outrider.observe.figures import compact, decimal, duration, mean, number, percent
-from outrider.observe.live_panel import LivePanel
+from outrider.observe.live_panel import RECENT, LivePanel
+from outrider.observe.parts import sampling_rate
 from outrider.observe.printable import printable
 from outrider.observe.records import EvalRecord, StepRecord
 from outrider.observe.watch import Watch
@@ -73,7 +75,7 @@ class PlainPanel:
         self._max_staleness = max_staleness
         self._console = console
         self._watch = Watch(config.logprob_gap_alarm)
-        self._seconds: list[float] = []
+        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
 
     def start(self) -> None:
         """Name the run."""
@@ -81,7 +83,7 @@ class PlainPanel:
 
     def step(self, record: StepRecord) -> None:
         """Print the step if it is one of ``--logging_steps`` or the last."""
-        self._seconds = [*self._seconds[-19:], record.seconds]
+        self._recent.append(record)
         if record.step % self._config.logging_steps == 0 or record.step == record.max_steps:
             self._line(self._describe(record))
         for text in self._watch.step(record):
@@ -116,7 +118,7 @@ class PlainPanel:
 
     def _describe(self, record: StepRecord) -> str:
         alarm = " (!)" if record.logprob_gap > self._config.logprob_gap_alarm else ""
-        remaining = mean(self._seconds) * max(record.max_steps - record.step, 0)
+        remaining = mean(step.seconds for step in self._recent) * max(record.max_steps - record.step, 0)
         return "  ".join(
             (
                 f"step {record.step}/{record.max_steps}",
@@ -127,7 +129,7 @@ class PlainPanel:
                 f"grad {number(record.grad_norm)}",
                 f"gap {number(record.logprob_gap)}{alarm}",
                 f"idle gen {percent(record.generation_idle_share)} train {percent(record.trainer_idle_share)}",
-                f"{compact(record.tokens_per_second)} tok/s",
+                f"{compact(sampling_rate(self._recent))} tok/s",
                 duration(record.seconds),
                 f"eta {duration(remaining)}",
             )

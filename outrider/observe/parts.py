@@ -49,6 +49,15 @@ def one_a_batch(records: Iterable[StepRecord]) -> list[StepRecord]:
     return list({record.version: record for record in records}.values())
 
 
+def sampling_rate(records: Iterable[StepRecord]) -> float:
+    """Tokens that the servers sampled in a second, over the batches of ``records``: of batches that leave one right
+    after the other, the later one alone would have none. nan where no time has passed."""
+    batches = one_a_batch(records)
+    seconds = sum(_amount(record.batch_seconds) for record in batches)
+    tokens = sum(record.tokens_per_second * _amount(record.batch_seconds) for record in batches)
+    return tokens / seconds if seconds else math.nan
+
+
 def totals(records: Iterable[StepRecord], parts: Parts) -> dict[str, float]:
     """Seconds that went to each part; what is no length of time counts as nothing."""
     rows = list(records)

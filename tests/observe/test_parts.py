@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from outrider.observe.parts import BESIDE, SERVERS, TRAINER, one_a_batch, shares, totals
+from outrider.observe.parts import BESIDE, SERVERS, TRAINER, one_a_batch, sampling_rate, shares, totals
 from outrider.observe.records import StepRecord
 from tests.observe.build import make_step
 
@@ -41,3 +41,15 @@ def test_what_is_said_of_a_batch_is_added_up_once() -> None:
     rows = [make_step(step, version=(step - 1) // 4, batch_seconds=2.0) for step in range(1, 11)]
     assert [row.version for row in one_a_batch(rows)] == [0, 1, 2]
     assert sum(totals(one_a_batch(rows), SERVERS).values()) == pytest.approx(6.0)
+
+
+def test_the_sampling_rate_is_of_all_batches_together() -> None:
+    # The second of two batches that leave together has no tokens of its own; the third has two steps.
+    rows = [
+        make_step(1, version=0, tokens_per_second=300.0, batch_seconds=2.0),
+        make_step(2, version=1, tokens_per_second=0.0, batch_seconds=0.001),
+        make_step(3, version=2, tokens_per_second=90.0, batch_seconds=4.0),
+        make_step(4, version=2, tokens_per_second=90.0, batch_seconds=4.0),
+    ]
+    assert sampling_rate(rows) == pytest.approx(960 / 6.001)
+    assert math.isnan(sampling_rate([]))
