@@ -38,6 +38,8 @@ def launch(placement: Placement, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from outrider.trainer.meeting import leave_word
+
     config = LaunchConfig(
         min_nodes=placement.nodes,
         max_nodes=placement.nodes,
@@ -56,15 +58,15 @@ def launch(placement: Placement, command: list[str]) -> int:
         elastic_launch(config, sys.executable)("-m", *command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        died = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
+        ended = f"rank {rank} on node {placement.node} ended with {died}"
+        if placement.node > 0:  # node 0 keeps the store, which ends with it
+            leave_word(placement.address, placement.port, ended)
         if failure.exitcode in (2, 130):  # it has said what there is to say
             return int(failure.exitcode)
         if signals.last is not None and failure.exitcode in (-signals.last, -signal.SIGTERM):
             return 128 + signals.last
-        died = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"status {failure.exitcode}"
-        text = (
-            f"rank {rank} on node {placement.node} ended with {died}, and the run with it; go on with "
-            "--resume_from_checkpoint auto"
-        )
+        text = f"{ended}, and the run with it; go on with --resume_from_checkpoint auto"
         if failure.exitcode == 1:  # it has said why
             print(f"outrider: {text}", file=sys.stderr)
             return 1

@@ -21,6 +21,7 @@ from outrider.contract.errors import UserError
 from outrider.contract.lifetime import die_with_parent
 from outrider.trainer.heartbeat import Heartbeat, Hello, new_token
 from outrider.trainer.layout import Seat
+from outrider.trainer.meeting import Meeting
 from outrider.weights.segment_server import address_towards, means_this_host, outward_address
 
 #: Seconds for a collective of a step: whoever is not there by then is not coming. A rank that dies closes its
@@ -50,11 +51,14 @@ def lost_connection(error: Exception) -> str | None:
 class Ranks:
     """One process, or torchrun's: rank 0 leads, and the others do as they are told."""
 
-    def __init__(self, shard_across_nodes: bool = True, shard_alone: bool = False, peers: int = 1) -> None:
+    def __init__(
+        self, shard_across_nodes: bool = True, shard_alone: bool = False, peers: int = 1, silence: float = 45.0
+    ) -> None:
         """Join the group that torchrun has described in the environment, where there is one. shard_across_nodes: all
         ranks share one copy of the model; else each node has a copy. shard_alone: a single process has a mesh, too,
         as it needs for offloading; on a GPU it has one in any case, for its mixed precision. peers: ranks next to each
-        other that compute every layer together; they divide the ranks of a node."""
+        other that compute every layer together; they divide the ranks of a node. silence: seconds after which a host
+        of another node that answers nothing is gone. Raises UserError."""
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.node = int(os.environ.get("GROUP_RANK", "0"))
@@ -85,23 +89,45 @@ class Ranks:
         self._heartbeat: Heartbeat | None = None
         if self.size > 1:
             die_with_parent(signal.SIGTERM)
-            with _ended_by_signals():
-                self._join()
+            try:
+                with _ended_by_signals():
+                    self._join(silence)
+            except UserError as error:
+                self.fail(error)
+                raise
         elif shard_alone or on_gpu:
             dist.init_process_group(_backend(on_gpu), store=dist.HashStore(), rank=0, world_size=1)
 
-    def _join(self) -> None:
+    def _join(self, silence: float) -> None:
         patience = datetime.timedelta(seconds=COLLECTIVE)
         if self.several_nodes and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
             # Gloo takes the address of the host's name, which is often 127.0.1.1.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
+            if self.several_nodes:
+                self._meet(silence)
             dist.init_process_group(_backend(self._device == "cuda"), timeout=patience)
             self._orders = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=ORDER))
         except RuntimeError as error:
             raise UserError(
                 f"rank {self.rank} on node {self.node} could not join the others: {str(error).splitlines()[0]}"
             ) from error
+
+    def _meet(self, silence: float) -> None:
+        """Notice from now on when a rank on another node is gone, and wait until all are there."""
+        address, host = os.environ["MASTER_ADDR"], socket.gethostname()
+        meeting = Meeting(self.rank, int(os.environ["LOCAL_WORLD_SIZE"]))
+        if self.leads:
+            token = new_token()
+            self._heartbeat = Heartbeat(Hello(token, 0, self.node, host), silence)
+            meeting.store.set("heartbeat", f"{self._heartbeat.listen(address)} {token}")
+        else:
+            meeting.wait_for([0])
+            port, token = meeting.store.get("heartbeat").decode().split()
+            self._heartbeat = Heartbeat(Hello(token, self.rank, self.node, host), silence)
+            self._heartbeat.connect(address, int(port))
+        meeting.come()
+        meeting.wait_for(range(self.size))
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh | None:
@@ -141,21 +167,6 @@ class Ranks:
     def publishing_nodes(self) -> int:
         """How many of them, the first ones, have rows of the copy of the model that is published."""
         return -(-self.shards // (self.size // self.nodes))
-
-    def watch(self, silence: float) -> None:
-        """Notice from now on when a rank on another node is gone. silence: seconds after which a host that answers
-        nothing is. Raises UserError."""
-        if not self.several_nodes:
-            return
-        address, host = os.environ["MASTER_ADDR"], socket.gethostname()
-        if self.leads:
-            token = new_token()
-            self._heartbeat = Heartbeat(Hello(token, 0, self.node, host), silence)
-            self.put("heartbeat", f"{self._heartbeat.listen(address)} {token}")
-        else:
-            port, token = self.see("heartbeat").split()
-            self._heartbeat = Heartbeat(Hello(token, self.rank, self.node, host), silence)
-            self._heartbeat.connect(address, int(port))
 
     def heed(self, stop: Callable[[], None], last_words: Callable[[], None]) -> None:
         """stop: what to do when another node is told to stop. last_words: before this process ends, since another rank

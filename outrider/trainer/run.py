@@ -55,9 +55,13 @@ def train(spec: TrainerSpec, collector: bytes, check: Callable[[], None]) -> int
     child process. check: called by the leading rank before anything is loaded, when all ranks can be told why it
     raises UserError. Returns the exit status: 0 done, 130 stopped by the user. Raises UserError."""
     prepare(spec)
-    ranks = Ranks(spec.model.shard_across_nodes, spec.model.fsdp_cpu_offload, spec.model.tensor_parallel_size)
+    ranks = Ranks(
+        spec.model.shard_across_nodes,
+        spec.model.fsdp_cpu_offload,
+        spec.model.tensor_parallel_size,
+        spec.run.heartbeat_timeout,
+    )
     try:
-        ranks.watch(spec.run.heartbeat_timeout)
         compare_settings(ranks, spec.configuration)
         check_directory(ranks, Path(spec.run.output_dir))
         if ranks.leads:

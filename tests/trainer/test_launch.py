@@ -182,6 +182,30 @@ def test_a_rank_that_is_killed_on_another_node_is_named(server: Server, tmp_path
     assert "rank 1 on node 1 ended with signal 9, and the run with it" in said
 
 
+@pytest.mark.parametrize(
+    ("killed", "waiting", "words"),
+    [
+        (1, 0, "rank 1 on node 1 ended with signal 9; its output says more"),
+        (0, 1, "rank 1 on node 1 cannot reach node 0"),
+    ],
+)
+def test_a_rank_that_is_killed_before_all_have_met_is_named(
+    server: Server, tmp_path: Path, killed: int, waiting: int, words: str
+) -> None:
+    """While it imports what it needs, and the other one does or waits for it."""
+    port = free_port()
+    nodes = [start(server, tmp_path, nodes=2, node=node, processes=1, port=port, steps=400) for node in (0, 1)]
+    deadline = time.monotonic() + DEADLINE
+    while str(killed) not in (ranks := ranks_of(nodes[killed].pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(ranks[str(killed)], signal.SIGKILL)
+    _, said = nodes[waiting].communicate(timeout=60)
+    assert nodes[waiting].returncode == 2
+    assert words in said
+    assert nodes[killed].wait(60) == 2
+
+
 def test_every_node_says_why_a_run_is_not_resumed(server: Server, tmp_path: Path) -> None:
     port, flags = free_port(), ("--resume_from_checkpoint", str(tmp_path / "nowhere"))
     second = start(server, tmp_path, *flags, nodes=2, node=1, processes=1, port=port)
