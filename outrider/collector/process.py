@@ -76,8 +76,11 @@ def main(endpoint: str, trainer: int) -> int:
     die_with_parent()
     if os.getppid() != trainer:
         return 1  # the trainer was gone before the kernel knew whom to watch
-    # Ctrl-C reaches the whole terminal group; when to stop is the trainer's decision.
+    # Ctrl-C reaches the whole terminal group, and a cluster's SIGTERM every process of a job; when to stop is the
+    # trainer's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers of rewards inherit what is ignored, and have to hear this one: it ends those that hang.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     _allow_files()
     try:
         import uvloop

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import signal
 import threading
 import time
 import traceback
@@ -162,7 +163,11 @@ class RewardRunner:
                 return check_rewards(name, result, len(completions))
             try:
                 outcome, seconds = await self._in_a_worker(index, name, completions, columns)
-            except RuntimeError:  # a worker that ends while it has nothing to do breaks the pool, and all its calls
+            except (RuntimeError, ProcessExpired) as error:
+                # A worker that ends while it has nothing to do breaks the pool, and all its calls; and SIGTERM comes
+                # from a cluster that ends every process of a job, not from the function.
+                if isinstance(error, ProcessExpired) and error.exitcode != -signal.SIGTERM:
+                    raise
                 outcome, seconds = await self._in_a_worker(index, name, completions, columns)
             self.seconds += seconds
         except RewardFailed:

@@ -93,14 +93,15 @@ class Command:
 
     def descendants(self) -> list[int]:
         """Its children, and theirs."""
-        return list(_descendants(self.pid))
+        return list(descendants_of(self.pid))
 
     def segments(self) -> list[str]:
         """Names of the segments of shared memory that it has made."""
         return [path.name for path in SHARED_MEMORY.glob(f"outrider-*-{self.pid}-*")]
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def descendants_of(pid: int) -> Iterator[int]:
+    """Its children, and theirs."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
@@ -108,7 +109,7 @@ def _descendants(pid: int) -> Iterator[int]:
         return  # gone since
     for child in children:
         yield child
-        yield from _descendants(child)
+        yield from descendants_of(child)
 
 
 def ranks_of(launcher: int) -> dict[str, int]:

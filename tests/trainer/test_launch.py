@@ -18,7 +18,7 @@ from outrider.demo.task import problems, write_jsonl
 from outrider.trainer.summary import Summary
 from outrider.weights.segments import segment_directory
 from tests.contract.servers import Server, start_torch
-from tests.end_to_end.processes import ranks_of
+from tests.end_to_end.processes import descendants_of, ranks_of
 from tests.server.models import DEMO_MODEL
 
 pytestmark = pytest.mark.runs
@@ -230,6 +230,27 @@ def test_ctrl_c_saves_what_there_is(server: Server, tmp_path: Path) -> None:
     assert "go on with the same command and --resume_from_checkpoint auto" in said
     assert not ranks_left(tmp_path)
     assert not [path for pid in ranks.values() for path in segment_directory().glob(f"outrider-*-{pid}-*")]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_for_every_process_saves_what_there_is(server: Server, tmp_path: Path, processes: int) -> None:
+    """As clusters and service managers send it to all of a job: ranks hear it twice, and collector and workers too."""
+    running = start(server, tmp_path, steps=400, processes=processes)
+    deadline = time.monotonic() + DEADLINE
+    while len(rows(tmp_path)) < 4:
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for pid in [*descendants_of(running.pid), running.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    output, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "go on with the same command and --resume_from_checkpoint auto" in output
+    summary = msgspec.json.decode((tmp_path / "run" / "summary.json").read_bytes(), type=Summary)
+    assert (tmp_path / "run" / f"checkpoint-{summary.steps}").is_dir()
+    assert not ranks_left(tmp_path)
+    assert "failed" not in output
 
 
 def ranks_left(directory: Path) -> list[int]:
