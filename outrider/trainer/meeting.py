@@ -8,7 +8,7 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch.distributed import Store, TCPStore
 
@@ -24,7 +24,8 @@ LOOK = 0.1
 CONNECT = 30.0
 LEAVING = 5.0
 
-_ENDED = "ended before all had met"
+#: In the store: how many ranks are there, and what has been said of one that has ended.
+_PRESENT, _ENDED = "ranks that are here", "ended before all had met"
 
 
 class Meeting:
@@ -40,14 +41,29 @@ class Meeting:
             raise self._alone(error) from error
 
     def come(self) -> None:
-        """Be there from now on."""
+        """Be there from now on, once."""
         self.store.set(_place(self._rank), "")
+        self.store.add(_PRESENT, 1)
 
-    def wait_for(self, ranks: Sequence[int]) -> None:
-        """Until they are there. Raises UserError when they do not come, or one has ended and cannot come."""
+    def wait_for_first(self) -> None:
+        """Until rank 0 is there. Raises UserError when it does not come, or another one has ended and cannot come."""
+        self._wait(lambda: self.store.check([_place(0)]), range(1))
+
+    def wait_for_all(self, size: int) -> None:
+        """Until all are there, ``size`` ranks. Raises UserError as well."""
+        # One number for all of them: each of a thousand ranks asks for it ten times a second.
+        self._wait(lambda: self.store.add(_PRESENT, 0) >= size, range(size))
+
+    def _wait(self, are_there: Callable[[], bool], ranks: Sequence[int]) -> None:
+        try:
+            self._look(are_there, ranks)
+        except RuntimeError as error:
+            raise self._alone(error) from error
+
+    def _look(self, are_there: Callable[[], bool], ranks: Sequence[int]) -> None:
         until, patience = time.monotonic() + DEADLINE, time.monotonic() + PATIENCE
-        while not self._are_there(ranks):
-            if self._has(_ENDED):
+        while not are_there():
+            if self.store.check([_ENDED]):
                 raise UserError(f"{self.store.get(_ENDED).decode()}; its output says more")
             now = time.monotonic()
             if now > until:
@@ -61,22 +77,13 @@ class Meeting:
                     say(f"outrider: {self._name(self._rank)} waits for {self._missing(ranks)}, up to {DEADLINE:g} s")
             time.sleep(LOOK)
 
-    def _are_there(self, ranks: Sequence[int]) -> bool:
-        return self._has(*map(_place, ranks))
-
     def _missing(self, ranks: Sequence[int]) -> str:
-        missing = [rank for rank in ranks if not self._are_there([rank])]
+        missing = [rank for rank in ranks if not self.store.check([_place(rank)])]
         named = ", ".join(map(self._name, missing[:4]))
         return named if len(missing) <= 4 else f"{named} and {len(missing) - 4} more"
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on node {rank // self._per_node}"
-
-    def _has(self, *names: str) -> bool:
-        try:
-            return self.store.check([*names])
-        except RuntimeError as error:
-            raise self._alone(error) from error
 
     def _alone(self, error: Exception) -> UserError:
         return UserError(

@@ -122,12 +122,12 @@ class Ranks:
             self._heartbeat = Heartbeat(Hello(token, 0, self.node, host), silence)
             meeting.store.set("heartbeat", f"{self._heartbeat.listen(address)} {token}")
         else:
-            meeting.wait_for([0])
+            meeting.wait_for_first()
             port, token = meeting.store.get("heartbeat").decode().split()
             self._heartbeat = Heartbeat(Hello(token, self.rank, self.node, host), silence)
             self._heartbeat.connect(address, int(port))
         meeting.come()
-        meeting.wait_for(range(self.size))
+        meeting.wait_for_all(self.size)
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh | None:

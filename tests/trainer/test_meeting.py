@@ -25,7 +25,8 @@ def test_all_come(store: TCPStore) -> None:
     def rank(number: int) -> None:
         me = Meeting(number, 2)
         me.come()
-        me.wait_for(range(4))
+        me.wait_for_first()
+        me.wait_for_all(4)
         found.append(number)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
@@ -51,7 +52,7 @@ def test_who_is_missing_is_named(
     me = Meeting(0, 2)
     me.come()
     with pytest.raises(UserError, match=f"^rank 0 on node 0 has waited 1 s for {named}, which should"):
-        me.wait_for(range(size))
+        me.wait_for_all(size)
     assert capsys.readouterr().err == f"outrider: rank 0 on node 0 waits for {named}, up to 1 s\n"
 
 
@@ -59,7 +60,7 @@ def test_one_that_has_ended_is_not_waited_for(store: TCPStore) -> None:
     me = Meeting(0, 1)
     leave_word("127.0.0.1", store.port, "rank 1 on node 1 ended with status 1")
     with pytest.raises(UserError, match="rank 1 on node 1 ended with status 1; its"):
-        me.wait_for(range(2))
+        me.wait_for_first()
 
 
 def test_node_0_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
