@@ -119,7 +119,7 @@ BEGINNING = 0.5
 def longest_gaps(arrivals: list[list[float]], windows: list[Window]) -> list[float]:
     """The longest gap between two tokens within each window, less the usual one there, ms: medians over the streams.
     Not while new sequences begin, when all others wait longer than for anything else."""
-    begins = np.array([times[0] for times in arrivals])
+    begins = np.array([times[0] for times in arrivals if times])
     found = []
     for start, end in windows:
         gaps = []
