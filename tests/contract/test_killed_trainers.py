@@ -142,7 +142,7 @@ async def test_during_a_commit(
     client = weights_client
     async with doomed(client, endless_model(1)) as trainer:
         await client.stage(await trainer.published())
-        running = [asyncio.create_task(client.choices(prompt=[5, 6 + i], n=2, max_tokens=1000)) for i in range(4)]
+        running = [asyncio.create_task(client.choices(prompt=[5, 6 + i], n=2, max_tokens=3000)) for i in range(4)]
         await client.until_running(8)
         trainer.tell(f"commit {weights_server.url} {client.headers['Authorization'].removeprefix('Bearer ')}")
         held = await held_by_a_commit(client)
@@ -150,7 +150,7 @@ async def test_during_a_commit(
         await trainer.kill()
         assert not any(task.done() for task in running), "the commit was not under way any more"
     for choices in await asyncio.gather(*running):
-        assert [choice.weight_versions for choice in choices] == [[(1, 1000)]] * 2
+        assert [choice.weight_versions for choice in choices] == [[(1, 3000)]] * 2
     await held
     # By what the answer itself says: of several engines some may have made the commit, and others not yet.
     [answer] = await client.choices(prompt=PROMPT, max_tokens=32, temperature=0.0)

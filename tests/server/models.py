@@ -51,13 +51,13 @@ def save_model(kind: str, directory: Path) -> Path:
 
 
 def save_endless_model(directory: Path, seed: int = 0) -> Path:
-    """A random Llama for up to 1024 positions that never ends a text of its own accord, with the demo's tokenizer.
+    """A random Llama for up to 4096 positions that never ends a text of its own accord, with the demo's tokenizer.
 
     Dimension 0 of the residual stream is 1 throughout, since no layer writes to it, and the end-of-text token's
     logit is a large negative multiple of it: requests are in flight for as long as a test wants them to be.
     """
     torch.manual_seed(seed)
-    shape = {**_SHAPE, "max_position_embeddings": 1024, "num_hidden_layers": 2}
+    shape = {**_SHAPE, "max_position_embeddings": 4096, "num_hidden_layers": 2}
     model = Auto.from_config(LlamaConfig(**shape), dtype=torch.float32)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0

@@ -38,7 +38,8 @@ def train(ranks: Ranks, model: Path, beta: float, rows: int, budget: int, **sett
     published, exchange = policy.published_tensors(), policy.exchange(ranks.seat(), "float32")
     assert policy.flat == (settings.get("attn_impl") == "varlen")
     reference = make_policy(model, trainable=False, ranks=ranks, **settings) if beta else None
-    optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3))
+    # Of gradients that are rounding alone, Adam makes steps of full size, unless epsilon is larger than they are.
+    optimizer = make_optimizer(policy.model, OptimizerConfig(learning_rate=1e-3, adam_epsilon=1e-5))
     config = BatchConfig(per_device_train_batch_size=rows, max_tokens_per_micro_batch=budget or None)
     spec = LossSpec(loss_type="dapo", beta=beta, max_completion_length=16)
     computer = StepComputer(policy, reference, spec, config, "token_truncate", 2.0, 1.0, ranks)
