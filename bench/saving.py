@@ -6,7 +6,9 @@ A trainer of 4.8 million parameters, or of random weights in a shape of Qwen3, t
 servers. In windows of so many steps, in turn one without and one whose first step is followed by a checkpoint, which is
 copied and written while the others run. What a save loses is the difference between neighbours, its median and
 quartiles: windows are short, since the machine changes its pace within a minute by more than a save costs. The cost is
-that of checkpoints a window apart. The first save, for which memory is taken, is told apart. Every rank has one thread.
+that of checkpoints a window apart, each of which waits for the end of the last one: that wait is told, and is none
+where a window is longer than a save. The first save, for which memory is taken, is told apart. Every rank has one
+thread.
 Prints a table and, last, one line of JSON.
 """
 
@@ -35,7 +37,8 @@ WARM_UP = 3
 
 def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
     """One rank of the trainer; rank 0 prints the seconds of the windows as JSON: without, with, that the optimizer
-    waited for a copy, and from the beginning of a save to the end of the step in which it has ended."""
+    waited for a copy, from the beginning of a save to the end of the step in which it has ended, and from the end of a
+    window to that of its save."""
     import torch
     from transformers import AutoTokenizer
 
@@ -106,7 +109,7 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
 
     for _ in range(WARM_UP):
         step()
-    found: dict[str, list[float]] = {"without": [], "with": [], "waited": [], "save": []}
+    found: dict[str, list[float]] = {"without": [], "with": [], "waited": [], "save": [], "end": []}
     for number in range(2 * (options.rounds + 1)):
         saves = number % 2 == 1
         waited = begun = took = 0.0
@@ -118,6 +121,7 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
                 begun = time.monotonic()
             if saves and saver is not None and not took and index > 0 and saver.settled:
                 took = time.monotonic() - begun
+        ended = time.monotonic()
         if saves and saver is not None:
             saver.settle()
             took = took or time.monotonic() - begun
@@ -126,9 +130,10 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
         if saves:
             found["waited"].append(waited)
             found["save"].append(took)
+            found["end"].append(time.monotonic() - ended)
     if saver is not None:
         saver.close()
-        found["first"] = [found["with"].pop(0) - found["without"].pop(0)]
+        found["first"] = [found["with"].pop(0) - found["without"].pop(0), found["end"].pop(0)]
         print(json.dumps(found), flush=True)
     else:
         writer.close()
@@ -166,7 +171,8 @@ def main() -> None:
         "by the first",
         "half of them",
         "cost",
-        "waited for the copy",
+        "copy wait",
+        "end wait",
         "a save takes",
     )
     summary = {}
@@ -189,11 +195,12 @@ def main() -> None:
             pairs = zip(found["without"], found["with"], strict=True)
             low, lost, high = statistics.quantiles([(saves - without) * 1e3 for without, saves in pairs], n=4)
             cost = lost / 1e3 / (options.window * step)
-            waited, whole = statistics.median(found["waited"]), statistics.median(found["save"])
+            waited, whole, end = (statistics.median(found[name]) for name in ("waited", "save", "end"))
+            first, first_end = found["first"]
             table.add_row(
-                str(processes), f"{step * 1e3:.1f} ms", f"{lost:.0f} ms", f"{found['first'][0] * 1e3:.0f} ms",
+                str(processes), f"{step * 1e3:.1f} ms", f"{lost:.0f} ms", f"{first * 1e3:.0f} ms",
                 f"{low:.0f} to {high:.0f} ms", f"{cost:+.2%}",
-                f"{waited * 1e3:.1f} ms", f"{whole:.2f} s",
+                f"{waited * 1e3:.1f} ms", f"{end * 1e3:.1f} ms", f"{whole:.2f} s",
             )  # fmt: skip
             summary[f"processes_{processes}"] = {
                 "step_ms": round(step * 1e3, 2),
@@ -201,7 +208,9 @@ def main() -> None:
                 "lost_ms_per_save": round(lost, 1),
                 "lost_ms_quartiles": [round(low, 1), round(high, 1)],
                 "copy_wait_ms": round(waited * 1e3, 2),
-                "first_ms": round(found["first"][0] * 1e3, 1),
+                "end_wait_ms": round(end * 1e3, 2),
+                "first_ms": round(first * 1e3, 1),
+                "first_end_wait_ms": round(first_end * 1e3, 2),
                 "save_seconds": round(whole, 3),
             }
     Console(highlight=False).print(table)
