@@ -121,16 +121,16 @@ def run_rank(model: Path, directory: Path, options: argparse.Namespace) -> None:
                 begun = time.monotonic()
             if saves and saver is not None and not took and index > 0 and saver.settled:
                 took = time.monotonic() - begun
-        ended = time.monotonic()
+        stepped = time.monotonic()
         if saves and saver is not None:
             saver.settle()
             took = took or time.monotonic() - begun
-        seconds = time.monotonic() - started
-        found["with" if saves else "without"].append(seconds)
+        ended = time.monotonic()
+        found["with" if saves else "without"].append(ended - started)
         if saves:
             found["waited"].append(waited)
             found["save"].append(took)
-            found["end"].append(time.monotonic() - ended)
+            found["end"].append(ended - stepped)
     if saver is not None:
         saver.close()
         found["first"] = [found["with"].pop(0) - found["without"].pop(0), found["end"].pop(0)]

@@ -142,6 +142,7 @@ async def test_during_a_commit(
     client = weights_client
     async with doomed(client, endless_model(1)) as trainer:
         await client.stage(await trainer.published())
+        # A thousand tokens take the embedded engine a second: as long as all that follows, on a busy machine.
         running = [asyncio.create_task(client.choices(prompt=[5, 6 + i], n=2, max_tokens=3000)) for i in range(4)]
         await client.until_running(8)
         trainer.tell(f"commit {weights_server.url} {client.headers['Authorization'].removeprefix('Bearer ')}")
