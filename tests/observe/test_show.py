@@ -2,12 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from outrider.cli.show import choose_step, describe_run, main
 from outrider.contract.errors import UserError
 from tests.observe.build import make_evaluation, make_step
-
-pytest.importorskip("outrider.collector.ledger")
-
-from outrider.cli.show import choose_step, describe_run, main
 
 
 def test_a_directory_that_is_no_run_is_named(tmp_path: Path) -> None:
